@@ -1,0 +1,107 @@
+// The random bytes of dropout, kLanes Philox calls at a time. common/philox.h says which byte belongs to which element.
+#pragma once
+
+#include "common/philox.h"
+#include "common/simd.h"
+
+namespace stackbert {
+namespace STACKBERT_ISA {
+
+// The 64-bit products a[i] * m as low and high words.
+inline void multiply(Words a, uint32_t m, Words& low, Words& high) {
+#if defined(__AVX512F__)
+  const __m512i x = bit_cast<__m512i>(a), factor = _mm512_set1_epi32(static_cast<int>(m));
+  const __m512i even = _mm512_mul_epu32(x, factor), odd = _mm512_mul_epu32(_mm512_srli_epi64(x, 32), factor);
+  low = bit_cast<Words>(_mm512_mask_shuffle_epi32(even, 0xAAAA, odd, static_cast<_MM_PERM_ENUM>(0xA0)));
+  high = bit_cast<Words>(_mm512_mask_blend_epi32(0xAAAA, _mm512_srli_epi64(even, 32), odd));
+#elif defined(__AVX2__)
+  const __m256i x = bit_cast<__m256i>(a), factor = _mm256_set1_epi32(static_cast<int>(m));
+  const __m256i even = _mm256_mul_epu32(x, factor), odd = _mm256_mul_epu32(_mm256_srli_epi64(x, 32), factor);
+  low = bit_cast<Words>(_mm256_blend_epi32(even, _mm256_slli_epi64(odd, 32), 0xAA));
+  high = bit_cast<Words>(_mm256_blend_epi32(_mm256_srli_epi64(even, 32), odd, 0xAA));
+#else
+  typedef uint64_t Wide __attribute__((vector_size(kLanes * 8)));
+  const Wide product = __builtin_convertvector(a, Wide) * m;
+  low = __builtin_convertvector(product, Words);
+  high = __builtin_convertvector(product >> 32, Words);
+#endif
+}
+
+inline void philox(PhiloxKey key, Words c[4]) {
+  for (int round = 0; round < kPhiloxRounds; ++round) {
+    Words low0, high0, low1, high1;
+    multiply(c[0], kPhiloxM0, low0, high0);
+    multiply(c[2], kPhiloxM1, low1, high1);
+    c[0] = high1 ^ c[1] ^ key.k0, c[1] = low1;
+    c[2] = high0 ^ c[3] ^ key.k1, c[3] = low0;
+    key.k0 += kPhiloxW0, key.k1 += kPhiloxW1;
+  }
+}
+
+inline Words lane_numbers() {
+  Words v;
+  for (int i = 0; i < kLanes; ++i) v[i] = static_cast<uint32_t>(i);
+  return v;
+}
+
+// Bytes of columns [first, first + 16 * kLanes) of one token; first must be a multiple of 16.
+constexpr int kRowBytes = 16 * kLanes;
+inline void row_bytes(PhiloxKey key, int64_t token, int64_t first, uint8_t* bytes) {
+  Words c[4] = {lane_numbers() + static_cast<uint32_t>(first / 16), Words{} + static_cast<uint32_t>(token),
+                Words{} + static_cast<uint32_t>(static_cast<uint64_t>(token) >> 32), Words{}};
+  philox(key, c);
+#if defined(__AVX512F__)
+  // Lane i's four words belong side by side: a 4 x 4 transposition inside the 128-bit parts, then of the parts.
+  const __m512i a = bit_cast<__m512i>(c[0]), b = bit_cast<__m512i>(c[1]), d = bit_cast<__m512i>(c[2]), e = bit_cast<__m512i>(c[3]);
+  const __m512i ab0 = _mm512_unpacklo_epi32(a, b), ab1 = _mm512_unpackhi_epi32(a, b);
+  const __m512i de0 = _mm512_unpacklo_epi32(d, e), de1 = _mm512_unpackhi_epi32(d, e);
+  const __m512i r0 = _mm512_unpacklo_epi64(ab0, de0), r1 = _mm512_unpackhi_epi64(ab0, de0);  // lanes 0 4 8 12, 1 5 9 13
+  const __m512i r2 = _mm512_unpacklo_epi64(ab1, de1), r3 = _mm512_unpackhi_epi64(ab1, de1);  // lanes 2 6 10 14, 3 7 11 15
+  const __m512i s0 = _mm512_shuffle_i32x4(r0, r1, 0x44), s1 = _mm512_shuffle_i32x4(r0, r1, 0xEE);
+  const __m512i s2 = _mm512_shuffle_i32x4(r2, r3, 0x44), s3 = _mm512_shuffle_i32x4(r2, r3, 0xEE);
+  _mm512_storeu_si512(bytes, _mm512_shuffle_i32x4(s0, s2, 0x88));
+  _mm512_storeu_si512(bytes + 64, _mm512_shuffle_i32x4(s0, s2, 0xDD));
+  _mm512_storeu_si512(bytes + 128, _mm512_shuffle_i32x4(s1, s3, 0x88));
+  _mm512_storeu_si512(bytes + 192, _mm512_shuffle_i32x4(s1, s3, 0xDD));
+#else
+  for (int lane = 0; lane < kLanes; ++lane)
+    for (int word = 0; word < 4; ++word) {
+      const uint32_t bits = c[word][lane];
+      std::memcpy(bytes + 16 * lane + 4 * word, &bits, 4);
+    }
+#endif
+}
+
+// Bytes of keys [first, first + 16 * kLanes) of one query; first must be a multiple of 64.
+constexpr int kAttentionBytes = 16 * kLanes;
+inline void attention_bytes(PhiloxKey key, uint32_t sequence, uint32_t head, uint32_t query, int64_t first, uint8_t* bytes) {
+  Words c[4] = {lane_numbers() + static_cast<uint32_t>(first / 16), Words{} + query, Words{} + head, Words{} + sequence};
+  philox(key, c);
+  // Four neighbouring lanes (t = 0..3) of word w hold keys 16w .. 16w + 15: the low halves the first eight, the high halves the rest.
+  for (int group = 0; group < kLanes / 4; ++group)
+    for (int word = 0; word < 4; ++word) {
+#if defined(__AVX512F__) || defined(__AVX2__)
+      __m128i part;
+      std::memcpy(&part, reinterpret_cast<const char*>(&c[word]) + 16 * group, 16);
+      part = _mm_shuffle_epi8(part, _mm_setr_epi8(0, 1, 4, 5, 8, 9, 12, 13, 2, 3, 6, 7, 10, 11, 14, 15));
+      std::memcpy(bytes + 64 * group + 16 * word, &part, 16);
+#else
+      for (int t = 0; t < 4; ++t) {
+        const uint32_t bits = c[word][4 * group + t];
+        const uint16_t low = static_cast<uint16_t>(bits), high = static_cast<uint16_t>(bits >> 16);
+        std::memcpy(bytes + 64 * group + 16 * word + 2 * t, &low, 2);
+        std::memcpy(bytes + 64 * group + 16 * word + 8 + 2 * t, &high, 2);
+      }
+#endif
+    }
+}
+
+// x * scale where byte >= threshold, 0 elsewhere.
+inline Floats keep(Floats x, const uint8_t* bytes, int threshold, float scale) {
+  Bytes random;
+  std::memcpy(&random, bytes, sizeof random);
+  return select(__builtin_convertvector(random, Ints) >= threshold, x * scale, Floats{});
+}
+
+}  // namespace STACKBERT_ISA
+}  // namespace stackbert

@@ -1,0 +1,235 @@
+"""What a run is: frozen dataclasses, checked where they are built. Field names are the names of the command line's options.
+
+Nothing here imports torch: a wrong option is refused before anything slow is loaded.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+ACTIVATIONS = ("gelu", "gelu_tanh")
+NORMS = ("post", "pre")
+OBJECTIVES = ("mlm", "mlm+nsp", "mlm+sop")
+EMBEDDING_POLICIES = ("train", "freeze", "output_grad", "untie", "full")
+OPTIMIZER_STATES = ("copy", "zero", "reset")
+LR_POLICIES = ("global", "restart")
+IMPLEMENTATIONS = ("auto", "reference", "native", "triton")
+
+
+class ConfigError(ValueError):
+    """A setting that cannot work; the message is one line that says what was wanted and what was given."""
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise ConfigError(message)
+
+
+def _one_of(name: str, value: str, choices: tuple[str, ...]) -> None:
+    _require(value in choices, f"{name} must be one of {', '.join(choices)}, got {value!r}")
+
+
+def _positive(**values: float) -> None:
+    for name, value in values.items():
+        _require(value > 0, f"{name} must be > 0, got {value}")
+
+
+def _fraction(**values: float) -> None:
+    for name, value in values.items():
+        _require(0 <= value < 1, f"{name} must be in [0, 1), got {value}")
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """A BERT encoder with its heads; `layers` is the final depth."""
+
+    layers: int = 12
+    hidden: int = 768
+    heads: int = 12
+    inner: int = 0
+    """Width of the feed-forward layer; 0 = 4 x hidden."""
+    vocab_size: int = 0
+    """Rows of the word embedding; 0 = as many as the tokenizer has words."""
+    max_position: int = 512
+    token_types: int = 2
+    activation: str = "gelu"
+    """gelu (erf, as BERT) or gelu_tanh."""
+    norm: str = "post"
+    """post (as BERT) or pre."""
+    norm_eps: float = 1e-12
+    dropout: float = 0.1
+    """After the embeddings and before each residual sum."""
+    attention_dropout: float | None = None
+    """On the attention probabilities; default: the same as dropout."""
+    init_std: float = 0.02
+    objective: str = "mlm"
+    """mlm, mlm+nsp (next sentence) or mlm+sop (sentence order)."""
+
+    def __post_init__(self):
+        _positive(layers=self.layers, hidden=self.hidden, heads=self.heads, max_position=self.max_position)
+        _positive(token_types=self.token_types, norm_eps=self.norm_eps, init_std=self.init_std)
+        _require(self.hidden % self.heads == 0, f"hidden must be divisible by heads, got hidden {self.hidden}, heads {self.heads}")
+        _require(self.inner >= 0, f"inner must be >= 0, got {self.inner}")
+        _require(self.vocab_size >= 0, f"vocab_size must be >= 0, got {self.vocab_size}")
+        _one_of("activation", self.activation, ACTIVATIONS)
+        _one_of("norm", self.norm, NORMS)
+        _one_of("objective", self.objective, OBJECTIVES)
+        if self.inner == 0:
+            object.__setattr__(self, "inner", 4 * self.hidden)
+        if self.attention_dropout is None:
+            object.__setattr__(self, "attention_dropout", self.dropout)
+        # Masks take 8 random bits an element (contract 3.3): from 511/512 on, nothing would be kept.
+        for name in ("dropout", "attention_dropout"):
+            value = getattr(self, name)
+            _require(0 <= value < 511 / 512, f"{name} must be in [0, 0.998), got {value}")
+
+    @property
+    def head_dim(self) -> int:
+        return self.hidden // self.heads
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Where samples come from and how they are batched and masked."""
+
+    text: tuple[str, ...] = ()
+    """Text files, globs, directories, .jsonl with a `text` field, or one prepared directory."""
+    vocab: str = ""
+    """vocab.txt or tokenizer.json; empty = train a WordPiece on the text."""
+    train_vocab_size: int = 8192
+    """Words of a WordPiece that is trained here."""
+    lowercase: bool = True
+    seq_len: int = 128
+    """Most tokens of a sample, [CLS] and [SEP] included."""
+    batch_tokens: int = 2048
+    """Tokens of one step, over all accumulated parts; no padding is counted because there is none."""
+    mask_rate: float = 0.15
+    whole_word: bool = False
+    """Mask all pieces of a word together."""
+    heldout: float = 0.01
+    """Share of the documents kept for evaluation."""
+    eval_tokens: int = 32768
+    """Most held-out tokens read by one evaluation."""
+
+    def __post_init__(self):
+        _require(self.seq_len >= 8, f"seq_len must be >= 8, got {self.seq_len}")
+        _require(self.batch_tokens >= self.seq_len,
+                 f"batch_tokens must be >= seq_len, got batch_tokens {self.batch_tokens}, seq_len {self.seq_len}")
+        _positive(train_vocab_size=self.train_vocab_size, eval_tokens=self.eval_tokens)
+        _fraction(mask_rate=self.mask_rate, heldout=self.heldout)
+        _positive(mask_rate=self.mask_rate, heldout=self.heldout)
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    """AdamW with warm-up and linear decay to zero."""
+
+    lr: float = 1e-4
+    warmup: int = 0
+    """Steps of linear warm-up; 0 = 2% of all steps."""
+    beta1: float = 0.9
+    beta2: float = 0.999
+    eps: float = 1e-6
+    weight_decay: float = 0.01
+    clip: float = 1.0
+    """Largest global gradient norm; 0 = no clipping."""
+    accumulate: int = 1
+    """Parts into which a step's batch is cut, one backward each."""
+    skip_limit: int = 10
+    """Stop after this many steps in a row with a loss or gradient that is not finite."""
+
+    def __post_init__(self):
+        _positive(lr=self.lr, eps=self.eps, accumulate=self.accumulate, skip_limit=self.skip_limit)
+        _fraction(beta1=self.beta1, beta2=self.beta2)
+        for name in ("warmup", "weight_decay", "clip"):
+            _require(getattr(self, name) >= 0, f"{name} must be >= 0, got {getattr(self, name)}")
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A stretch of steps with one active window: layers [0, depth) run, layers [train_from, depth) learn (contract 3.6)."""
+
+    steps: int
+    depth: int
+    train_from: int = 0
+    grow: str | None = None
+    """How the layers above the previous stage's depth get their weights: an operator of growth/depth.py; None = no growth."""
+    embeddings: str = "train"
+    """Word, position and type embeddings in this stage: train (in and out), freeze, output_grad (the tied word embedding learns from
+    the decoder alone), untie (the decoder learns on a private copy), full (gradient through the frozen layers too)."""
+    optimizer_state: str = "copy"
+    """Moments of new layers: copy (by the growth map), zero, or reset (all moments of all parameters)."""
+    lr_policy: str = "global"
+    """global: one warm-up and decay over the whole run; restart: this stage has its own."""
+    rewarm: int = 0
+    """Steps over which this stage's rate rises from zero to the schedule's."""
+    frozen_dropout: bool = True
+    """Whether the frozen layers keep dropout."""
+    name: str = ""
+
+    def __post_init__(self):
+        _positive(steps=self.steps, depth=self.depth)
+        _require(0 <= self.train_from < self.depth, f"train_from must be in [0, depth), got train_from {self.train_from}, depth {self.depth}")
+        _one_of("embeddings", self.embeddings, EMBEDDING_POLICIES)
+        _one_of("optimizer_state", self.optimizer_state, OPTIMIZER_STATES)
+        _one_of("lr_policy", self.lr_policy, LR_POLICIES)
+        _require(self.rewarm >= 0, f"rewarm must be >= 0, got {self.rewarm}")
+        _require(self.train_from == 0 or self.embeddings != "train",
+                 f"embeddings cannot be 'train' where train_from is {self.train_from}: the boundary is detached; "
+                 "use freeze, output_grad, untie or full")
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """A whole run. `stages` empty = one stage of all layers; else their steps must sum to `steps`."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    steps: int = 1000
+    stages: tuple[Stage, ...] = ()
+    recipe: str = "baseline"
+    """The name of the recipe that made `stages`."""
+    seed: int = 0
+    precision: str = "fp32"
+    """fp32, or bf16 (autocast; weights, moments and statistics stay fp32)."""
+    device: str = "auto"
+    """auto, cpu, cuda or cuda:N."""
+    impl: str = "auto"
+    """Implementation of the ops: auto, reference, native or triton."""
+    threads: int = 0
+    """CPU threads; 0 = as many as torch chooses."""
+    checkpoint_every: int = 500
+    keep: int = 2
+    """Checkpoints kept; older ones are removed."""
+    eval_every: int = 500
+    log_every: int = 10
+
+    def __post_init__(self):
+        _positive(steps=self.steps, checkpoint_every=self.checkpoint_every, eval_every=self.eval_every, log_every=self.log_every)
+        _require(self.keep >= 1, f"keep must be >= 1, got {self.keep}")
+        _require(self.threads >= 0, f"threads must be >= 0, got {self.threads}")
+        _one_of("precision", self.precision, ("fp32", "bf16"))
+        _one_of("impl", self.impl, IMPLEMENTATIONS)
+        _require(self.device in ("auto", "cpu", "cuda") or (self.device.startswith("cuda:") and self.device[5:].isdigit()),
+                 f"device must be auto, cpu, cuda or cuda:N, got {self.device!r}")
+        _require(self.data.seq_len <= self.model.max_position,
+                 f"seq_len must be <= max_position, got seq_len {self.data.seq_len}, max_position {self.model.max_position}")
+        if not self.stages:
+            object.__setattr__(self, "stages", (Stage(steps=self.steps, depth=self.model.layers, name="all layers"),))
+        _check_stages(self.stages, self.model.layers, self.steps)
+
+
+def _check_stages(stages: tuple[Stage, ...], layers: int, steps: int) -> None:
+    depth = stages[0].depth
+    _require(stages[0].grow is None, f"stages[0]: there is nothing to grow from, got grow={stages[0].grow!r}")
+    for i, stage in enumerate(stages):
+        _require(stage.depth >= depth, f"stages[{i}]: depth {depth} -> {stage.depth} would drop layers")
+        if stage.depth > depth:
+            _require(stage.grow is not None, f"stages[{i}]: depth {depth} -> {stage.depth} needs grow, got grow=None")
+        elif i > 0:
+            _require(stage.grow is None, f"stages[{i}]: depth stays {depth}, got grow={stage.grow!r}")
+        depth = stage.depth
+    _require(depth == layers, f"stages[{len(stages) - 1}]: the last stage must reach all {layers} layers, got depth {depth}")
+    total = sum(stage.steps for stage in stages)
+    _require(total == steps, f"stages: their steps must sum to {steps}, got {total}")

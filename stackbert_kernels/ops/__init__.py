@@ -1,0 +1,31 @@
+"""The fused ops. Each is a folder: op.py (contract, checks, registration, the public function), reference.py, native.py.
+
+`impl="auto"` takes native, else triton, else reference; `explain(op, *tensors)` says which and why.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from stackbert_kernels.ops._library import Explanation, Op
+from stackbert_kernels.ops.dropout.op import OP as DROPOUT
+from stackbert_kernels.ops.dropout.op import dropout
+from stackbert_kernels.ops.philox import new_rng
+
+OPS: tuple[Op, ...] = (DROPOUT,)
+
+
+def available() -> dict[str, dict[str, list[str]]]:
+    """{op: {device: [implementation, ...]}}, best first."""
+    return {op.name: op.available() for op in OPS}
+
+
+def explain(op: str, *tensors: Tensor) -> Explanation:
+    """Which implementation `impl="auto"` takes for these tensors, and why not the others."""
+    for candidate in OPS:
+        if candidate.name == op:
+            return candidate.explain(*tensors)
+    raise ValueError(f"explain: op must be one of {', '.join(o.name for o in OPS)}, got {op!r}")
+
+
+__all__ = ["Explanation", "available", "dropout", "explain", "new_rng"]

@@ -1,0 +1,116 @@
+"""What every op.py uses: the `stackbert` op namespace, the choice of an implementation, and its explanation.
+
+An op has up to three implementations: `reference` (plain PyTorch), `native` (the compiled module: C++ on CPU, CUDA on GPU) and
+`triton`. "auto" is resolved to one of these names before the op is called, so that what ran is never a guess.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+try:
+    from stackbert_kernels import _C
+except ImportError as error:  # a source tree without the compiled module still runs its reference; `doctor` shows this reason
+    _C, WHY_NO_NATIVE = None, f"the compiled module cannot be imported: {error}"
+else:
+    WHY_NO_NATIVE = None
+
+PREFERENCE = ("native", "triton", "reference")
+KEYS = {"cpu": "CPU", "cuda": "CUDA"}
+NATIVE_DTYPES = {torch.float32: 0, torch.bfloat16: 1}  # csrc/common/dtype.h
+
+LIBRARY = torch.library.Library("stackbert", "DEF")
+
+Table = dict[str, dict[str, Callable]]  # device -> implementation -> function
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """Which implementation "auto" takes for given tensors, and why not the others."""
+
+    op: str
+    device: str
+    chosen: str
+    why_not: dict[str, str]
+
+    def __str__(self) -> str:
+        others = "".join(f"\n  not {name}: {reason}" for name, reason in self.why_not.items())
+        return f"{self.op} on {self.device}: {self.chosen}{others}"
+
+
+@dataclass(frozen=True)
+class Op:
+    """Name and implementations of an op. `why_not(impl, *tensors)` gives the reason why one cannot take these tensors, or None."""
+
+    name: str
+    table: Table
+    why_not: Callable[..., str | None]
+
+    def available(self) -> dict[str, list[str]]:
+        return {
+            device: [i for i in PREFERENCE if i in implementations and not (i == "native" and WHY_NO_NATIVE)]
+            for device, implementations in self.table.items()
+        }
+
+    def _reason(self, impl: str, tensors: tuple[Tensor, ...]) -> str | None:
+        device = tensors[0].device.type
+        if impl not in self.table.get(device, {}):
+            return f"{self.name} has no {impl} implementation on {device}"
+        if impl == "native" and WHY_NO_NATIVE:
+            return WHY_NO_NATIVE
+        return self.why_not(impl, *tensors)
+
+    def explain(self, *tensors: Tensor) -> Explanation:
+        reasons = {impl: self._reason(impl, tensors) for impl in PREFERENCE}
+        chosen = next((impl for impl in PREFERENCE if reasons[impl] is None), None)
+        device = tensors[0].device.type
+        if chosen is None:
+            raise ValueError(f"{self.name}: nothing implements it on {device}: {reasons['reference']}")
+        return Explanation(self.name, device, chosen, {i: r for i, r in reasons.items() if i != chosen and r})
+
+    def resolve(self, impl: str, *tensors: Tensor) -> str:
+        """A concrete implementation. A wanted one that cannot run is an error that names those that can."""
+        if impl == "auto":
+            for name in PREFERENCE:
+                if self._reason(name, tensors) is None:
+                    return name
+            self.explain(*tensors)  # raises
+        reason = self._reason(impl, tensors) if impl in PREFERENCE else "no such implementation"
+        if reason is not None:
+            usable = [i for i in PREFERENCE if self._reason(i, tensors) is None]
+            raise ValueError(f"{self.name}: impl={impl!r} cannot run here: {reason}; usable: {', '.join(usable) or 'none'}")
+        return impl
+
+
+def define(schema: str, table: Table, fake: Callable) -> Callable:
+    """Registers the pure op `schema`, whose last argument is `str impl`, and returns it ready to call with positional arguments."""
+    name = LIBRARY.define(schema)
+    for device, implementations in table.items():
+        LIBRARY.impl(name, _by_name(name, implementations), KEYS[device])
+    torch.library.register_fake(f"stackbert::{name}", fake, lib=LIBRARY)
+    return getattr(torch.ops.stackbert, name).default
+
+
+def autograd(name: str, setup: Callable, backward: Callable) -> None:
+    torch.library.register_autograd(f"stackbert::{name}", backward, setup_context=setup, lib=LIBRARY)
+
+
+def _by_name(op: str, implementations: dict[str, Callable]) -> Callable:
+    def kernel(*arguments):
+        *tensors, impl = arguments
+        if impl not in implementations:
+            raise ValueError(f"{op}: impl must be one of {', '.join(implementations)}, got {impl!r}")
+        return implementations[impl](*tensors)
+
+    return kernel
+
+
+def only_dtypes(impl: str, tensor: Tensor) -> str | None:
+    """The why_not of an op whose native kernels take float32 and bfloat16."""
+    if impl == "native" and tensor.dtype not in NATIVE_DTYPES:
+        return f"native takes float32 and bfloat16, got {str(tensor.dtype).removeprefix('torch.')}"
+    return None

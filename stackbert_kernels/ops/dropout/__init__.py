@@ -1,0 +1,3 @@
+from stackbert_kernels.ops.dropout.op import dropout
+
+__all__ = ["dropout"]
