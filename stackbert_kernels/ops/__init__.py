@@ -10,9 +10,19 @@ from torch import Tensor
 from stackbert_kernels.ops._library import Explanation, Op
 from stackbert_kernels.ops.dropout.op import OP as DROPOUT
 from stackbert_kernels.ops.dropout.op import dropout
+from stackbert_kernels.ops.gelu.op import OP as BIAS_GELU
+from stackbert_kernels.ops.gelu.op import bias_gelu
+from stackbert_kernels.ops.layer_norm.op import (
+    DROPOUT_ADD,
+    DROPOUT_ADD_LAYER_NORM,
+    LAYER_NORM,
+    dropout_add,
+    dropout_add_layer_norm,
+    layer_norm,
+)
 from stackbert_kernels.ops.philox import new_rng
 
-OPS: tuple[Op, ...] = (DROPOUT,)
+OPS: tuple[Op, ...] = (LAYER_NORM, DROPOUT_ADD_LAYER_NORM, DROPOUT_ADD, BIAS_GELU, DROPOUT)
 
 
 def available() -> dict[str, dict[str, list[str]]]:
@@ -28,4 +38,14 @@ def explain(op: str, *tensors: Tensor) -> Explanation:
     raise ValueError(f"explain: op must be one of {', '.join(o.name for o in OPS)}, got {op!r}")
 
 
-__all__ = ["Explanation", "available", "dropout", "explain", "new_rng"]
+__all__ = [
+    "Explanation",
+    "available",
+    "bias_gelu",
+    "dropout",
+    "dropout_add",
+    "dropout_add_layer_norm",
+    "explain",
+    "layer_norm",
+    "new_rng",
+]
