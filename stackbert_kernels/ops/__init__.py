@@ -20,9 +20,11 @@ from stackbert_kernels.ops.layer_norm.op import (
     dropout_add_layer_norm,
     layer_norm,
 )
+from stackbert_kernels.ops.masked_lm_loss.op import OP as MASKED_LM_LOSS
+from stackbert_kernels.ops.masked_lm_loss.op import masked_lm_loss, masked_lm_predictions
 from stackbert_kernels.ops.philox import new_rng
 
-OPS: tuple[Op, ...] = (LAYER_NORM, DROPOUT_ADD_LAYER_NORM, DROPOUT_ADD, BIAS_GELU, DROPOUT)
+OPS: tuple[Op, ...] = (LAYER_NORM, DROPOUT_ADD_LAYER_NORM, DROPOUT_ADD, BIAS_GELU, DROPOUT, MASKED_LM_LOSS)
 
 
 def available() -> dict[str, dict[str, list[str]]]:
@@ -47,5 +49,7 @@ __all__ = [
     "dropout_add_layer_norm",
     "explain",
     "layer_norm",
+    "masked_lm_loss",
+    "masked_lm_predictions",
     "new_rng",
 ]
