@@ -8,6 +8,8 @@ from __future__ import annotations
 from torch import Tensor
 
 from stackbert_kernels.ops._library import Explanation, Op
+from stackbert_kernels.ops.attention.op import OP as ATTENTION
+from stackbert_kernels.ops.attention.op import attention, attention_qkv_varlen, attention_varlen
 from stackbert_kernels.ops.dropout.op import OP as DROPOUT
 from stackbert_kernels.ops.dropout.op import dropout
 from stackbert_kernels.ops.gelu.op import OP as BIAS_GELU
@@ -24,7 +26,7 @@ from stackbert_kernels.ops.masked_lm_loss.op import OP as MASKED_LM_LOSS
 from stackbert_kernels.ops.masked_lm_loss.op import masked_lm_loss, masked_lm_predictions
 from stackbert_kernels.ops.philox import new_rng
 
-OPS: tuple[Op, ...] = (LAYER_NORM, DROPOUT_ADD_LAYER_NORM, DROPOUT_ADD, BIAS_GELU, DROPOUT, MASKED_LM_LOSS)
+OPS: tuple[Op, ...] = (ATTENTION, LAYER_NORM, DROPOUT_ADD_LAYER_NORM, DROPOUT_ADD, BIAS_GELU, DROPOUT, MASKED_LM_LOSS)
 
 
 def available() -> dict[str, dict[str, list[str]]]:
@@ -42,6 +44,9 @@ def explain(op: str, *tensors: Tensor) -> Explanation:
 
 __all__ = [
     "Explanation",
+    "attention",
+    "attention_qkv_varlen",
+    "attention_varlen",
     "available",
     "bias_gelu",
     "dropout",
