@@ -143,7 +143,9 @@ class LayerBank(nn.Module):
 
     def __getstate__(self):
         state = self.__dict__.copy()
-        state["_modules"] = {name: module for name, module in self._modules.items() if name != "layers"}  # made again as views
+        state["_modules"] = {
+            name: module for name, module in self._modules.items() if name != "layers"
+        }  # made again as views
         return state
 
     def __setstate__(self, state):

@@ -57,7 +57,9 @@ class Bert(nn.Module):
     def __init__(self, config: ModelConfig, *, seed: int = 0, device: torch.device | str = "cpu", impl: str = "auto"):
         super().__init__()
         if config.vocab_size == 0:
-            raise ValueError("Bert: config.vocab_size must be > 0 (0 stands for the tokenizer's, which must be known here), got 0")
+            raise ValueError(
+                "Bert: config.vocab_size must be > 0 (0 stands for the tokenizer's, which must be known here), got 0"
+            )
         self.config, self.impl = config, impl
         self.transformers_fields: dict = {}  # of a transformers configuration, with no meaning here: kept for to_transformers
         C, inner = config.hidden, config.inner
@@ -65,7 +67,11 @@ class Bert(nn.Module):
         def table(rows: int) -> nn.Parameter:
             return nn.Parameter(torch.zeros(rows, C, device=device))
 
-        self.word, self.position, self.token_type = table(config.vocab_size), table(config.max_position), table(config.token_types)
+        self.word, self.position, self.token_type = (
+            table(config.vocab_size),
+            table(config.max_position),
+            table(config.token_types),
+        )
         self.embedding_norm = Affine((C,), C, device)
         self.bank = LayerBank(
             config.layers,
@@ -101,12 +107,21 @@ class Bert(nn.Module):
         """
         layers = self.config.layers
         if not 1 <= depth <= layers or not 0 <= train_from < depth:
-            raise ValueError(f"Bert.use: wanted 0 <= train_from < depth <= {layers}, got train_from {train_from}, depth {depth}")
+            raise ValueError(
+                f"Bert.use: wanted 0 <= train_from < depth <= {layers}, got train_from {train_from}, depth {depth}"
+            )
         if embeddings not in EMBEDDING_POLICIES:
             raise ValueError(f"Bert.use: embeddings must be one of {', '.join(EMBEDDING_POLICIES)}, got {embeddings!r}")
         if train_from > 0 and embeddings == "train":
-            raise ValueError(f"Bert.use: embeddings cannot be 'train' where train_from is {train_from}: the boundary is detached")
-        self.depth, self.train_from, self.embeddings, self.frozen_dropout = depth, train_from, embeddings, frozen_dropout
+            raise ValueError(
+                f"Bert.use: embeddings cannot be 'train' where train_from is {train_from}: the boundary is detached"
+            )
+        self.depth, self.train_from, self.embeddings, self.frozen_dropout = (
+            depth,
+            train_from,
+            embeddings,
+            frozen_dropout,
+        )
         self.bank.set_window(train_from, depth)
 
         learn = embeddings in ("train", "full")
@@ -167,9 +182,13 @@ class Bert(nn.Module):
     def _embed(self, batch: Tokens, dropout: bool, rng: Tensor | None) -> Tensor:
         x = F.embedding(batch.input_ids, self.word)
         x = x + F.embedding(batch.positions, self.position) + F.embedding(batch.token_types, self.token_type)
-        x = ops.layer_norm(x, self.embedding_norm.weight, self.embedding_norm.bias, self.config.norm_eps, impl=self.impl)
+        x = ops.layer_norm(
+            x, self.embedding_norm.weight, self.embedding_norm.bias, self.config.norm_eps, impl=self.impl
+        )
         if torch.is_autocast_enabled(x.device.type):
-            x = x.to(torch.get_autocast_dtype(x.device.type))  # the stream between layers keeps the matrix products' dtype
+            x = x.to(
+                torch.get_autocast_dtype(x.device.type)
+            )  # the stream between layers keeps the matrix products' dtype
         return ops.dropout(x, self.config.dropout, rng=rng, site=EMBEDDING_SITE, impl=self.impl) if dropout else x
 
     def _layer(
@@ -205,7 +224,9 @@ class Bert(nn.Module):
 
         x = join(out, x, w.out_bias, w.norm1_weight, w.norm1_bias, ATTENTION_OUTPUT_SITE)
         h = ops.layer_norm(x, w.norm2_weight, w.norm2_bias, eps, impl=impl) if pre else x
-        h = ops.bias_gelu(F.linear(h, w.inner_weight), w.inner_bias, approximate=APPROXIMATE[self.config.activation], impl=impl)
+        h = ops.bias_gelu(
+            F.linear(h, w.inner_weight), w.inner_bias, approximate=APPROXIMATE[self.config.activation], impl=impl
+        )
         return join(F.linear(h, w.outer_weight), x, w.outer_bias, w.norm2_weight, w.norm2_bias, INNER_OUTPUT_SITE)
 
     def _check(self, batch: Tokens) -> None:
@@ -214,14 +235,18 @@ class Bert(nn.Module):
             if len(tokens) != 1 or tensor.shape != tokens:
                 raise ValueError(f"Bert: input_ids and {name} must be [T], got {list(tokens)} and {list(tensor.shape)}")
         if batch.masked.shape != batch.labels.shape:
-            raise ValueError(f"Bert: labels must be {list(batch.masked.shape)} to match masked, got {list(batch.labels.shape)}")
+            raise ValueError(
+                f"Bert: labels must be {list(batch.masked.shape)} to match masked, got {list(batch.labels.shape)}"
+            )
         self._check_length(batch.max_seqlen)
         if batch.input_ids.device.type == "cpu":  # elsewhere a look at the values would wait for the device
             self._check_values(batch)
 
     def _check_length(self, length: int) -> None:
         if length > self.config.max_position:
-            raise ValueError(f"Bert: a sequence must fit max_position {self.config.max_position}, got one of {length} tokens")
+            raise ValueError(
+                f"Bert: a sequence must fit max_position {self.config.max_position}, got one of {length} tokens"
+            )
 
     def _check_values(self, batch: Tokens) -> None:
         for name, tensor, rows in (
@@ -257,7 +282,9 @@ class Bert(nn.Module):
         rng is needed in training with dropout; the padded form draws one from torch's generator if none is given.
         """
         if (batch is None) == (input_ids is None):
-            raise ValueError("Bert: wanted either a batch or input_ids=, got " + ("neither" if batch is None else "both"))
+            raise ValueError(
+                "Bert: wanted either a batch or input_ids=, got " + ("neither" if batch is None else "both")
+            )
         if batch is not None:
             return self._losses(batch, rng)
         if rng is None and self.training:
@@ -283,13 +310,17 @@ class Bert(nn.Module):
         return Output(loss, mlm, pair_loss)
 
     def _mlm_loss(self, hidden: Tensor, labels: Tensor) -> Tensor:
-        return ops.masked_lm_loss(self.mlm.features(hidden, self.impl), self.decoder, self.mlm.bias, labels, impl=self.impl)
+        return ops.masked_lm_loss(
+            self.mlm.features(hidden, self.impl), self.decoder, self.mlm.bias, labels, impl=self.impl
+        )
 
     def _logits(self, batch: Packed, shape: torch.Size, rng: Tensor | None, with_loss: bool) -> Output:
         """For callers who want them: all logits of all tokens."""
         x = self.encode(batch, rng=rng)
         logits = F.linear(self.mlm.features(x, self.impl), self.decoder, self.mlm.bias.to(x.dtype))
-        output = Output(logits=logits.new_zeros(shape.numel(), logits.shape[1]).index_copy(0, batch.places, logits).view(*shape, -1))
+        output = Output(
+            logits=logits.new_zeros(shape.numel(), logits.shape[1]).index_copy(0, batch.places, logits).view(*shape, -1)
+        )
         if self.pair is not None:
             lengths = batch.cu_seqlens.diff()
             rows = lengths.nonzero().flatten()

@@ -26,7 +26,12 @@ SETTINGS = {  # ModelConfig -> BertConfig
 }
 ACTIVATIONS = {"gelu": "gelu", "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh"}  # theirs -> ours
 EXPORTED_ACTIVATIONS = {"gelu": "gelu", "gelu_tanh": "gelu_pytorch_tanh"}  # ours -> theirs
-OF_A_FILE = ("architectures", "dtype", "transformers_version", "_name_or_path")  # BertConfig fields that describe a file, not a model
+OF_A_FILE = (
+    "architectures",
+    "dtype",
+    "transformers_version",
+    "_name_or_path",
+)  # BertConfig fields that describe a file, not a model
 
 EMBEDDINGS = {
     "word": "embeddings.word_embeddings.weight",
@@ -58,7 +63,10 @@ MLM = {
     "mlm.bias": "cls.predictions.bias",
 }
 PAIR = {"pair.classifier.weight": "cls.seq_relationship.weight", "pair.classifier.bias": "cls.seq_relationship.bias"}
-DECODER = {"word": "cls.predictions.decoder.weight", "mlm.bias": "cls.predictions.decoder.bias"}  # tied there to what is named here
+DECODER = {
+    "word": "cls.predictions.decoder.weight",
+    "mlm.bias": "cls.predictions.decoder.bias",
+}  # tied there to what is named here
 
 
 def from_transformers(hf_model) -> Bert:
@@ -117,7 +125,9 @@ def to_transformers(model: Bert):
         raise ValueError(f"to_transformers: transformers' BERT is post-LN; wanted norm='post', got {config.norm!r}")
     settings = {theirs: getattr(config, ours) for ours, theirs in SETTINGS.items()} | {"num_hidden_layers": model.depth}
     fields = model.transformers_fields | settings
-    if ACTIVATIONS.get(fields.get("hidden_act")) != config.activation:  # gelu_new and gelu_pytorch_tanh are one function: keep the name
+    if (
+        ACTIVATIONS.get(fields.get("hidden_act")) != config.activation
+    ):  # gelu_new and gelu_pytorch_tanh are one function: keep the name
         fields["hidden_act"] = EXPORTED_ACTIVATIONS[config.activation]
     untied = model.mlm.decoder is not None
     fields["tie_word_embeddings"] = not untied
@@ -149,7 +159,9 @@ def _encoder_names(depth: int, prefix: str, pooler: bool) -> dict[str, str | lis
 def _refuse(config, has_decoder: bool) -> None:
     """A setting that changes what the model computes and that we do not have."""
     if config.hidden_act not in ACTIVATIONS:
-        raise ValueError(f"from_transformers: hidden_act must be one of {', '.join(ACTIVATIONS)}, got {config.hidden_act!r}")
+        raise ValueError(
+            f"from_transformers: hidden_act must be one of {', '.join(ACTIVATIONS)}, got {config.hidden_act!r}"
+        )
     wanted = {"is_decoder": False, "add_cross_attention": False, "position_embedding_type": "absolute"}
     if has_decoder:
         wanted["tie_word_embeddings"] = True

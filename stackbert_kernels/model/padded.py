@@ -29,13 +29,17 @@ class Packed:
     places: Tensor  # [T] int64, indices into the flattened [B, S]
 
 
-def pack(input_ids: Tensor, attention_mask: Tensor | None, token_type_ids: Tensor | None, labels: Tensor | None) -> Packed:
+def pack(
+    input_ids: Tensor, attention_mask: Tensor | None, token_type_ids: Tensor | None, labels: Tensor | None
+) -> Packed:
     """Drops the padding. Any pattern of the mask will do: left, right, holes, rows with no token. Labels at padding are not read."""
     if input_ids.dim() != 2:
         raise ValueError(f"Bert: input_ids must be [B, S], got {list(input_ids.shape)}")
     for name, tensor in (("attention_mask", attention_mask), ("token_type_ids", token_type_ids), ("labels", labels)):
         if tensor is not None and tensor.shape != input_ids.shape:
-            raise ValueError(f"Bert: {name} must be {list(input_ids.shape)} to match input_ids, got {list(tensor.shape)}")
+            raise ValueError(
+                f"Bert: {name} must be {list(input_ids.shape)} to match input_ids, got {list(tensor.shape)}"
+            )
     keep = torch.ones_like(input_ids, dtype=torch.bool) if attention_mask is None else attention_mask != 0
     places = keep.flatten().nonzero().flatten()
     lengths = keep.sum(1)
