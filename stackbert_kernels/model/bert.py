@@ -83,7 +83,8 @@ class Bert(nn.Module):
         self.final_norm = Affine((C,), C, device) if config.norm == "pre" else None
         self.mlm = MlmHead(C, config.vocab_size, config.activation, config.norm_eps, device)
         self.pair = None if config.objective == "mlm" else PairHead(C, device)
-        self._initialise(seed)
+        if self.word.device.type != "meta":  # there a model has shapes only
+            self._initialise(seed)
         self.use(config.layers)
 
     @torch.no_grad()
@@ -102,6 +103,7 @@ class Bert(nn.Module):
     def use(self, depth: int, train_from: int = 0, embeddings: str = "train", frozen_dropout: bool = True) -> None:
         """Sets a stage: layers [0, depth) run, [train_from, depth) and the heads learn, the embeddings by policy (config.Stage).
 
+        Without frozen_dropout nothing below train_from has dropout, the embeddings' included.
         Leaving "untie", the word embedding takes the values that the decoder's private copy has learned.
         Gradients of layers start at zero.
         """
@@ -169,10 +171,11 @@ class Bert(nn.Module):
         if learn:
             self.bank.reattach()
         # Below the window nothing is saved for a backward pass, and nothing above can pull autograd through it.
+        dropout_below = dropout and (self.frozen_dropout or self.train_from == 0)
         with torch.set_grad_enabled(learn and self.embeddings in ("train", "full")):
-            x = self._embed(batch, dropout, rng)
+            x = self._embed(batch, dropout_below, rng)
             for i in range(self.train_from):
-                x = self._layer(i, x, batch, dropout and self.frozen_dropout, rng)
+                x = self._layer(i, x, batch, dropout_below, rng)
         for i in range(self.train_from, self.depth):
             x = self._layer(i, x, batch, dropout, rng, rows if i == self.depth - 1 else None)
         if self.final_norm is not None:
