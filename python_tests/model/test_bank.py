@@ -41,7 +41,12 @@ def assert_whole(bank: LayerBank) -> None:
 
 def test_layout_is_matrices_first_and_aligned():
     bank = small_bank()
-    assert [(slot.name, slot.offset) for slot in bank.layout] == [("a", 0), ("b", 16), ("bias", 32), ("norm1_weight", 48)]
+    assert [(slot.name, slot.offset) for slot in bank.layout] == [
+        ("a", 0),
+        ("b", 16),
+        ("bias", 32),
+        ("norm1_weight", 48),
+    ]
     assert bank.decay_size == 32 and bank.weights.shape == (3, 64)
     assert_whole(bank)
 

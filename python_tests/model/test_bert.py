@@ -33,7 +33,9 @@ def plain_losses(model: Bert, data) -> tuple[Tensor, Tensor | None]:
     c, P = model.config, dict(model.named_parameters())
 
     def norm(x, name):
-        weight, bias = (P[f"{name}{end}"] for end in (("_weight", "_bias") if name.startswith("bank") else (".weight", ".bias")))
+        weight, bias = (
+            P[f"{name}{end}"] for end in (("_weight", "_bias") if name.startswith("bank") else (".weight", ".bias"))
+        )
         return F.layer_norm(x, (c.hidden,), weight, bias, c.norm_eps)
 
     def gelu(x):
@@ -48,13 +50,19 @@ def plain_losses(model: Bert, data) -> tuple[Tensor, Tensor | None]:
             at = f"bank.layers.{i}."
             y = norm(x, at + "norm1") if c.norm == "pre" else x
             q, k, v = (
-                F.linear(y, P[at + "qkv_weight"], P[at + "qkv_bias"]).view(-1, 3, c.heads, c.head_dim).permute(1, 2, 0, 3)
+                F.linear(y, P[at + "qkv_weight"], P[at + "qkv_bias"])
+                .view(-1, 3, c.heads, c.head_dim)
+                .permute(1, 2, 0, 3)
             )
             y = ((q @ k.transpose(1, 2) / c.head_dim**0.5).softmax(-1) @ v).transpose(0, 1).reshape(-1, c.hidden)
             y = x + F.linear(y, P[at + "out_weight"], P[at + "out_bias"])
             x = y if c.norm == "pre" else norm(y, at + "norm1")
             y = norm(x, at + "norm2") if c.norm == "pre" else x
-            y = F.linear(gelu(F.linear(y, P[at + "inner_weight"], P[at + "inner_bias"])), P[at + "outer_weight"], P[at + "outer_bias"])
+            y = F.linear(
+                gelu(F.linear(y, P[at + "inner_weight"], P[at + "inner_bias"])),
+                P[at + "outer_weight"],
+                P[at + "outer_bias"],
+            )
             x = x + y if c.norm == "pre" else norm(x + y, at + "norm2")
         hidden.append(norm(x, "final_norm") if c.norm == "pre" else x)
     firsts = torch.stack([h[0] for h in hidden])
@@ -64,7 +72,9 @@ def plain_losses(model: Bert, data) -> tuple[Tensor, Tensor | None]:
     if data.pair_labels is None:
         return mlm, None
     pooled = torch.tanh(F.linear(firsts, P["pair.pooler.weight"], P["pair.pooler.bias"]))
-    return mlm, F.cross_entropy(F.linear(pooled, P["pair.classifier.weight"], P["pair.classifier.bias"]), data.pair_labels)
+    return mlm, F.cross_entropy(
+        F.linear(pooled, P["pair.classifier.weight"], P["pair.classifier.bias"]), data.pair_labels
+    )
 
 
 @pytest.mark.parametrize("activation", ["gelu", "gelu_tanh"])
@@ -79,10 +89,18 @@ def test_losses_and_gradients_match_plain_pytorch_in_float64(norm, activation, p
     torch.testing.assert_close(output.mlm_loss, mlm)
     total = mlm + pair_loss if pair else mlm
     torch.testing.assert_close(output.loss, total)
-    expected = dict(zip((names := [n for n, _ in model.named_parameters()]), torch.autograd.grad(total, list(model.parameters())), strict=True))
+    expected = dict(
+        zip(
+            (names := [n for n, _ in model.named_parameters()]),
+            torch.autograd.grad(total, list(model.parameters())),
+            strict=True,
+        )
+    )
     output.loss.backward()
     for name, parameter in model.named_parameters():
-        torch.testing.assert_close(parameter.grad, expected[name], rtol=1e-9, atol=1e-11, msg=lambda m, name=name: f"{name}: {m}")
+        torch.testing.assert_close(
+            parameter.grad, expected[name], rtol=1e-9, atol=1e-11, msg=lambda m, name=name: f"{name}: {m}"
+        )
     assert len(names) == len(expected)
 
 
@@ -125,7 +143,9 @@ def test_frozen_layers_have_no_gradient_and_do_not_move():
     assert model.bank.grads[[0, 3]].eq(0).all() and model.bank.grads[1:3].ne(0).any()
     assert torch.equal(model.bank.weights[[0, 3]], before[[0, 3]])
     assert not torch.equal(model.bank.weights[1:3], before[1:3])
-    for parameter, old in zip((model.word, model.position, model.token_type, model.embedding_norm.weight), embeddings, strict=True):
+    for parameter, old in zip(
+        (model.word, model.position, model.token_type, model.embedding_norm.weight), embeddings, strict=True
+    ):
         assert torch.equal(parameter, old)
 
 
