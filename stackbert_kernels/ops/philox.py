@@ -76,7 +76,7 @@ def row_bytes(rng: Tensor, site: int, rows: int, columns: int) -> Tensor:
     block = torch.arange((columns + 15) // 16, device=rng.device)[None, :, None]
     words = philox(k0, k1, block, token & MASK, token >> 32, torch.zeros_like(token))
     number = torch.arange(16, device=rng.device)
-    return _bytes_of(words, number).reshape(rows, -1)[:, :columns]
+    return _bytes_of(words, number).flatten(1)[:, :columns]
 
 
 def attention_bytes(rng: Tensor, site: int, sequence: int, heads: int, queries: int, keys: int) -> Tensor:
