@@ -7,6 +7,7 @@
 
 #include "common/isa.h"
 #include "dropout/dropout.h"
+#include "masked_lm_loss/masked_lm_loss.h"
 
 namespace py = pybind11;
 using namespace stackbert;
@@ -59,4 +60,26 @@ PYBIND11_MODULE(_C, m) {
       },
       py::arg("x"), py::arg("y"), py::arg("rows"), py::arg("columns"), py::arg("dtype"), py::arg("rng"), py::arg("site"),
       py::arg("threshold"), py::arg("threads"), py::call_guard<py::gil_scoped_release>());
+
+  m.attr("CROSS_ENTROPY_ROWS") = kCrossEntropyRows;
+  m.def(
+      "cross_entropy",
+      [](Address logits, Address bias, Address labels, Address losses, Address bias_parts, Address correct,
+         int64_t rows, int64_t vocabulary, int dtype, bool gradient, float scale, int threads) {
+        check_sizes("cross_entropy", {rows, vocabulary});
+        const DType type = cpu_dtype("cross_entropy", dtype);
+        if (rows == 0 || vocabulary == 0) return;
+        check_addresses("cross_entropy", {logits, bias, labels, losses});
+        const int64_t* label = pointer<const int64_t>(labels);
+        for (int64_t r = 0; r < rows; ++r)
+          if (label[r] < 0 || label[r] >= vocabulary)
+            throw std::invalid_argument("cross_entropy: labels must be in [0, " + std::to_string(vocabulary) +
+                                        "), got " + std::to_string(label[r]));
+        cross_entropy({pointer(logits), pointer<const float>(bias), label, pointer<float>(losses),
+                       pointer<float>(bias_parts), pointer<bool>(correct), rows, vocabulary, type, gradient, scale,
+                       threads});
+      },
+      py::arg("logits"), py::arg("bias"), py::arg("labels"), py::arg("losses"), py::arg("bias_parts"),
+      py::arg("correct"), py::arg("rows"), py::arg("vocabulary"), py::arg("dtype"), py::arg("gradient"),
+      py::arg("scale"), py::arg("threads"), py::call_guard<py::gil_scoped_release>());
 }

@@ -36,18 +36,19 @@ def forward(
     hidden: Tensor,
     weight: Tensor,
     bias: Tensor,
+    count: int | Tensor,
     need_hidden: bool,
     need_weight: bool,
     need_bias: bool,
     cross_entropy_: Callable[..., tuple[Tensor, Tensor | None]],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(sum of losses, dhidden, dweight, dbias), by cross_entropy_(logits, rows, need_dlogits, need_bias) -> (losses, sum of dlogits over
+    """(sum of losses / count, dhidden, dweight, dbias), by cross_entropy_(logits, rows, need_dlogits, need_bias) -> (losses, sum of dlogits over
     the rows), which puts dlogits in the place of logits. `rows` is the slice of all rows that the chunk is."""
     wide = torch.promote_types(hidden.dtype, torch.float32)
     need_dlogits = need_hidden or need_weight or need_bias
     loss = hidden.new_zeros((), dtype=torch.float64)
     dhidden = torch.empty_like(hidden, memory_format=torch.contiguous_format) if need_hidden else hidden.new_empty(0)
-    dweight = weight.new_zeros(weight.shape if need_weight else 0, dtype=wide)
+    dweight = torch.zeros(weight.shape if need_weight else 0, dtype=wide, device=weight.device)
     dbias = bias.new_zeros(bias.shape if need_bias else 0, dtype=wide)
     # Autocast would change the products' dtype behind the caller's back: it is hidden's.
     with torch.autocast(hidden.device.type, enabled=False):
@@ -64,4 +65,4 @@ def forward(
                 dweight += dlogits.t() @ hidden[rows]
             if need_bias:
                 dbias += column_sums
-    return loss.to(wide), dhidden, dweight.to(weight.dtype), dbias.to(bias.dtype)
+    return (loss / count).to(wide), dhidden, dweight.to(weight.dtype), dbias.to(bias.dtype)

@@ -10,14 +10,14 @@ import torch
 from torch import Tensor
 
 from stackbert_kernels.ops import _library as library
-from stackbert_kernels.ops.masked_lm_loss import reference
+from stackbert_kernels.ops.masked_lm_loss import native, reference
 
 TABLE = {
-    "cpu": {"reference": reference.masked_lm_loss_fwd},
+    "cpu": {"reference": reference.masked_lm_loss_fwd, "native": native.masked_lm_loss_fwd},
     "cuda": {"reference": reference.masked_lm_loss_fwd},
 }
 PREDICTIONS = {
-    "cpu": {"reference": reference.masked_lm_predictions},
+    "cpu": {"reference": reference.masked_lm_predictions, "native": native.masked_lm_predictions},
     "cuda": {"reference": reference.masked_lm_predictions},
 }
 

@@ -20,23 +20,23 @@ def masked_lm_loss_fwd(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     hidden, target, valid = _without_ignored(hidden, weight, labels, ignore_index)
     wide = torch.promote_types(hidden.dtype, torch.float32)
-    scale = 1.0 / valid.sum().clamp(min=1).to(wide)  # a tensor: the host need not wait for a GPU to count
+    count = valid.sum().clamp(min=1).to(wide)  # a tensor: the host need not wait for a GPU to count
 
     def cross_entropy_(
         logits: Tensor, rows: slice, need_dlogits: bool, need_bias: bool
     ) -> tuple[Tensor, Tensor | None]:
         labels, keep = target[rows, None], valid[rows, None]
         log_p = (logits.to(wide) + bias.to(wide)).log_softmax(-1)
-        losses = torch.where(keep, -log_p.gather(1, labels), 0.0) * scale
+        losses = torch.where(keep, -log_p.gather(1, labels), 0.0)
         if not need_dlogits:
             return losses, None
         dlogits = log_p.exp_()
         dlogits.scatter_add_(1, labels, torch.full_like(labels, -1, dtype=wide))
-        dlogits.mul_(keep * scale)
+        dlogits.mul_(keep / count)
         logits.copy_(dlogits)
         return losses, dlogits.sum(0) if need_bias else None
 
-    return chunks.forward(hidden, weight, bias, need_hidden, need_weight, need_bias, cross_entropy_)
+    return chunks.forward(hidden, weight, bias, count, need_hidden, need_weight, need_bias, cross_entropy_)
 
 
 def masked_lm_predictions(
