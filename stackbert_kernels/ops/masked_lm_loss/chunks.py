@@ -25,9 +25,10 @@ def check_labels(labels: Tensor, vocabulary: int) -> None:
 def logits_by_chunk(hidden: Tensor, weight: Tensor) -> Iterator[tuple[slice, Tensor]]:
     """(rows, hidden[rows] weight^T), in one buffer that the next chunk overwrites."""
     rows, vocabulary = hidden.shape[0], weight.shape[0]
-    step = max(1, LOGITS_BYTES // (vocabulary * hidden.element_size()))
-    buffer = hidden.new_empty(min(step, rows), vocabulary)
-    for first in range(0, rows, step):
+    most = max(1, LOGITS_BYTES // (vocabulary * hidden.element_size()))
+    step = -(-rows // max(1, -(-rows // most)))  # chunks of equal size: a small last one would make a slow product
+    buffer = hidden.new_empty(step, vocabulary)
+    for first in range(0, rows, max(1, step)):
         chunk = slice(first, min(first + step, rows))
         yield chunk, torch.mm(hidden[chunk], weight.t(), out=buffer[: chunk.stop - first])
 
@@ -60,9 +61,10 @@ def forward(
             if need_hidden:
                 torch.mm(dlogits, matrix, out=dhidden[rows])
             if need_weight and dweight.dtype == hidden.dtype:
-                dweight.addmm_(dlogits.t(), hidden[rows])
+                torch.addmm(dweight, dlogits.t(), hidden[rows], beta=int(rows.start > 0), out=dweight)
             elif need_weight:
-                dweight += dlogits.t() @ hidden[rows]
+                product = dlogits.t() @ hidden[rows]
+                dweight = dweight.add_(product) if rows.start else dweight.copy_(product)
             if need_bias:
                 dbias += column_sums
     return (loss / count).to(wide), dhidden, dweight.to(weight.dtype), dbias.to(bias.dtype)
