@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 
 import pytest
 import torch
@@ -43,7 +44,7 @@ def plain_losses(model: Bert, data) -> tuple[Tensor, Tensor | None]:
 
     hidden = []
     bounds = data.cu_seqlens.tolist()
-    for start, end in zip(bounds[:-1], bounds[1:], strict=True):
+    for start, end in itertools.pairwise(bounds):
         ids, types, places = (t[start:end] for t in (data.input_ids, data.token_types, data.positions))
         x = norm(P["word"][ids] + P["position"][places] + P["token_type"][types], "embedding_norm")
         for i in range(model.depth):

@@ -78,11 +78,12 @@ def from_transformers(hf_model) -> Bert:
     untied decoder.
     """
     transformers = _transformers()
-    config, bare = hf_model.config, isinstance(hf_model, transformers.BertModel)
+    bare = isinstance(hf_model, transformers.BertModel)
     if not bare and not isinstance(hf_model, transformers.BertForMaskedLM | transformers.BertForPreTraining):
         raise TypeError(
             f"from_transformers: wanted BertModel, BertForMaskedLM or BertForPreTraining, got {type(hf_model).__name__}"
         )
+    config = hf_model.config
     _refuse(config, has_decoder=not bare)
     pair = isinstance(hf_model, transformers.BertForPreTraining) or (bare and hf_model.pooler is not None)
     state = hf_model.state_dict()
