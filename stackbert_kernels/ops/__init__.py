@@ -12,6 +12,8 @@ from stackbert_kernels.ops.attention.op import OP as ATTENTION
 from stackbert_kernels.ops.attention.op import attention, attention_qkv_varlen, attention_varlen
 from stackbert_kernels.ops.dropout.op import OP as DROPOUT
 from stackbert_kernels.ops.dropout.op import dropout
+from stackbert_kernels.ops.duplicate_layers.op import OP as DUPLICATE_LAYERS
+from stackbert_kernels.ops.duplicate_layers.op import duplicate_layers_
 from stackbert_kernels.ops.gelu.op import OP as BIAS_GELU
 from stackbert_kernels.ops.gelu.op import bias_gelu
 from stackbert_kernels.ops.layer_norm.op import (
@@ -26,7 +28,16 @@ from stackbert_kernels.ops.masked_lm_loss.op import OP as MASKED_LM_LOSS
 from stackbert_kernels.ops.masked_lm_loss.op import masked_lm_loss, masked_lm_predictions
 from stackbert_kernels.ops.philox import new_rng
 
-OPS: tuple[Op, ...] = (ATTENTION, LAYER_NORM, DROPOUT_ADD_LAYER_NORM, DROPOUT_ADD, BIAS_GELU, DROPOUT, MASKED_LM_LOSS)
+OPS: tuple[Op, ...] = (
+    ATTENTION,
+    LAYER_NORM,
+    DROPOUT_ADD_LAYER_NORM,
+    DROPOUT_ADD,
+    BIAS_GELU,
+    DROPOUT,
+    MASKED_LM_LOSS,
+    DUPLICATE_LAYERS,
+)
 
 
 def available() -> dict[str, dict[str, list[str]]]:
@@ -52,6 +63,7 @@ __all__ = [
     "dropout",
     "dropout_add",
     "dropout_add_layer_norm",
+    "duplicate_layers_",
     "explain",
     "layer_norm",
     "masked_lm_loss",

@@ -15,15 +15,21 @@ from torch import Tensor
 try:
     from stackbert_kernels import _C
 except ImportError as error:  # a source tree without the compiled module still runs its reference; `doctor` shows this reason
-    _C, WHY_NO_NATIVE = None, f"the compiled module cannot be imported: {error}"
+    _C = None
+    WHY_NO_NATIVE = WHY_NO_NATIVE_CUDA = f"the compiled module cannot be imported: {error}"
 else:
     WHY_NO_NATIVE = None
+    WHY_NO_NATIVE_CUDA = None if _C.cuda_archs() else f"built without CUDA: {_C.build_info()['why_no_cuda']}"
 
 PREFERENCE = ("native", "triton", "reference")
 KEYS = {"cpu": "CPU", "cuda": "CUDA"}
 NATIVE_DTYPES = {torch.float32: 0, torch.bfloat16: 1}  # csrc/common/dtype.h
 
 LIBRARY = torch.library.Library("stackbert", "DEF")
+
+def why_no_native(device: str) -> str | None:
+    return WHY_NO_NATIVE_CUDA if device == "cuda" else WHY_NO_NATIVE
+
 
 Table = dict[str, dict[str, Callable]]  # device -> implementation -> function
 
@@ -52,7 +58,7 @@ class Op:
 
     def available(self) -> dict[str, list[str]]:
         return {
-            device: [i for i in PREFERENCE if i in implementations and not (i == "native" and WHY_NO_NATIVE)]
+            device: [i for i in PREFERENCE if i in implementations and not (i == "native" and why_no_native(device))]
             for device, implementations in self.table.items()
         }
 
@@ -60,8 +66,8 @@ class Op:
         device = tensors[0].device.type
         if impl not in self.table.get(device, {}):
             return f"{self.name} has no {impl} implementation on {device}"
-        if impl == "native" and WHY_NO_NATIVE:
-            return WHY_NO_NATIVE
+        if impl == "native" and why_no_native(device):
+            return why_no_native(device)
         return self.why_not(impl, *tensors)
 
     def explain(self, *tensors: Tensor) -> Explanation:

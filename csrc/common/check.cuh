@@ -1,0 +1,49 @@
+// Turns what the CUDA runtime reports into exceptions that name the op. Only what the host knows is checked here: an
+// error inside a running kernel shows up at the next call that waits for it.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <stdexcept>
+#include <string>
+
+#include "common/architectures.h"
+
+namespace stackbert {
+namespace cuda {
+
+inline void check(cudaError_t status, const char* op, const char* call) {
+  if (status == cudaSuccess) return;
+  throw std::runtime_error(std::string(op) + ": " + call + " failed: " + cudaGetErrorName(status) + ": " +
+                           cudaGetErrorString(status));
+}
+
+// After every <<<...>>>.
+inline void check_launch(const char* op) { check(cudaGetLastError(), op, "the kernel launch"); }
+
+// While it lives, `device` is the current one. Refuses a device that none of the embedded architectures runs on: the
+// driver's own words for that, "no kernel image is available", name neither.
+class OnDevice {
+ public:
+  OnDevice(const char* op, int device) {
+    int major = 0, minor = 0;
+    check(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device), op, "cudaDeviceGetAttribute");
+    check(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device), op, "cudaDeviceGetAttribute");
+    if (!any_runs_on(built_architectures(), major, minor)) {
+      const std::string number = std::to_string(10 * major + minor);
+      throw std::runtime_error(std::string(op) + ": the device is sm_" + number + ", this module was built for " +
+                               STACKBERT_CUDA_ARCHS + "; build it again with STACKBERT_CUDA_ARCHS=" + number);
+    }
+    check(cudaGetDevice(&before_), op, "cudaGetDevice");
+    if (before_ != device) check(cudaSetDevice(device), op, "cudaSetDevice");
+  }
+  ~OnDevice() { cudaSetDevice(before_); }
+  OnDevice(const OnDevice&) = delete;
+  OnDevice& operator=(const OnDevice&) = delete;
+
+ private:
+  int before_ = 0;
+};
+
+}  // namespace cuda
+}  // namespace stackbert

@@ -1,0 +1,70 @@
+"""duplicate_layers_: depth growth. Rows of a bank of layers become copies of lower rows, in place."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from operator import index
+
+import torch
+from torch import Tensor
+
+from stackbert_kernels.ops import _library as library
+from stackbert_kernels.ops.duplicate_layers import native, reference
+
+TABLE = {
+    "cpu": {"reference": reference.duplicate_layers_, "native": native.duplicate_layers_cpu},
+    "cuda": {"reference": reference.duplicate_layers_, "native": native.duplicate_layers_cuda},
+}
+
+OP = library.Op("duplicate_layers_", TABLE, lambda impl, bank: None)
+
+
+def _check(bank: Tensor, layer_map: list[int]) -> None:
+    if bank.dim() == 0:
+        raise ValueError("duplicate_layers_: bank must be [L, ...], got a scalar")
+    layers = bank.shape[0]
+    if len(layer_map) > layers:
+        raise ValueError(
+            f"duplicate_layers_: layer_map must name at most the bank's {layers} rows, got {len(layer_map)}"
+        )
+    for i, source in enumerate(layer_map):
+        if not 0 <= source <= i:
+            raise ValueError(f"duplicate_layers_: layer_map[{i}] must be in 0..{i}, got {source}")
+    if bank.numel() and not (bank[0].is_contiguous() and (layers == 1 or bank.stride(0) >= bank[0].numel())):
+        raise ValueError(
+            f"duplicate_layers_: each row of bank must be dense and apart from the others, "
+            f"got shape {list(bank.shape)}, strides {list(bank.stride())}"
+        )
+
+
+# Not Library.impl: only custom_op(mutates_args=...) raises the version counter, by which autograd sees that saved rows changed.
+@torch.library.custom_op(
+    "stackbert::duplicate_layers_", mutates_args=("bank",), schema="(Tensor(a!) bank, int[] layer_map, str impl) -> ()"
+)
+def _duplicate_layers_(bank: Tensor, layer_map: list[int], impl: str) -> None:
+    TABLE[bank.device.type][impl](bank, layer_map)
+
+
+@_duplicate_layers_.register_fake
+def _(bank: Tensor, layer_map: list[int], impl: str) -> None:
+    _check(bank, layer_map)
+
+
+def duplicate_layers_(bank: Tensor, layer_map: Sequence[int], *, impl: str = "auto") -> Tensor:
+    """Row i of the bank becomes a copy of its old row layer_map[i], in place, without scratch memory.
+
+        bank       [L, ...]  any dtype; each row dense (rows may be apart, as in a column slice of a wider bank)
+        layer_map  n <= L integers, 0 <= layer_map[i] <= i; rows from n on keep what they hold
+        returns    bank
+
+    [0, 1, 2, 0, 1, 2] stacks three layers twice (Gong et al. 2019), [0, 0, 1, 1, 2, 2] interleaves them. A bank that requires
+    grad is refused unless gradients are off, as torch does for other in-place changes of a leaf.
+    """
+    layer_map = [index(source) for source in layer_map]
+    _check(bank, layer_map)
+    if bank.requires_grad and torch.is_grad_enabled():
+        raise ValueError(
+            "duplicate_layers_: bank requires grad and has no gradient through this; call it under torch.no_grad()"
+        )
+    _duplicate_layers_(bank, layer_map, OP.resolve(impl, bank))
+    return bank
