@@ -5,7 +5,11 @@ Nothing here imports torch: a wrong option is refused before anything slow is lo
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import difflib
+import math
+import types
+import typing
+from dataclasses import dataclass, field, fields, is_dataclass
 
 ACTIVATIONS = ("gelu", "gelu_tanh")
 NORMS = ("post", "pre")
@@ -14,6 +18,10 @@ EMBEDDING_POLICIES = ("train", "freeze", "output_grad", "untie", "full")
 OPTIMIZER_STATES = ("copy", "zero", "reset")
 LR_POLICIES = ("global", "restart")
 IMPLEMENTATIONS = ("auto", "reference", "native", "triton")
+GROWTH_OPERATORS = ("copy_top", "stack", "interleave", "random", "identity")
+"""The names of growth/depth.py's operators: known here so that a wrong one is refused before torch is loaded."""
+MAY_CHANGE_ON_RESUME = ("checkpoint_every", "keep", "log_every")
+"""Settings that do not change any computed number."""
 
 
 class ConfigError(ValueError):
@@ -31,7 +39,7 @@ def _one_of(name: str, value: str, choices: tuple[str, ...]) -> None:
 
 def _positive(**values: float) -> None:
     for name, value in values.items():
-        _require(value > 0, f"{name} must be > 0, got {value}")
+        _require(0 < value < math.inf, f"{name} must be > 0 and finite, got {value}")
 
 
 def _fraction(**values: float) -> None:
@@ -153,7 +161,7 @@ class Stage:
     depth: int
     train_from: int = 0
     grow: str | None = None
-    """How the layers above the previous stage's depth get their weights: an operator of growth/depth.py; None = no growth."""
+    """How layers get their weights when depth rises: copy_top, stack, interleave, random or identity; None = no growth."""
     embeddings: str = "train"
     """Word, position and type embeddings in this stage: train (in and out), freeze, output_grad (the tied word embedding learns from
     the decoder alone), untie (the decoder learns on a private copy), full (gradient through the frozen layers too)."""
@@ -162,7 +170,8 @@ class Stage:
     lr_policy: str = "global"
     """global: one warm-up and decay over the whole run; restart: this stage has its own."""
     rewarm: int = 0
-    """Steps over which this stage's rate rises from zero to the schedule's."""
+    """Steps over which this stage's rate rises from zero to the schedule's; with lr_policy restart, 0 = as the run's own warm-up,
+    in proportion to the stage's steps."""
     frozen_dropout: bool = True
     """Whether the frozen layers keep dropout."""
     name: str = ""
@@ -173,7 +182,7 @@ class Stage:
         _one_of("embeddings", self.embeddings, EMBEDDING_POLICIES)
         _one_of("optimizer_state", self.optimizer_state, OPTIMIZER_STATES)
         _one_of("lr_policy", self.lr_policy, LR_POLICIES)
-        _require(self.rewarm >= 0, f"rewarm must be >= 0, got {self.rewarm}")
+        _require(0 <= self.rewarm <= self.steps, f"rewarm must be in [0, steps], got rewarm {self.rewarm}, steps {self.steps}")
         _require(self.train_from == 0 or self.embeddings != "train",
                  f"embeddings cannot be 'train' where train_from is {self.train_from}: the boundary is detached; "
                  "use freeze, output_grad, untie or full")
@@ -215,6 +224,7 @@ class TrainConfig:
                  f"device must be auto, cpu, cuda or cuda:N, got {self.device!r}")
         _require(self.data.seq_len <= self.model.max_position,
                  f"seq_len must be <= max_position, got seq_len {self.data.seq_len}, max_position {self.model.max_position}")
+        _require(self.optim.warmup < self.steps, f"warmup must be < steps, got warmup {self.optim.warmup}, steps {self.steps}")
         if not self.stages:
             object.__setattr__(self, "stages", (Stage(steps=self.steps, depth=self.model.layers, name="all layers"),))
         _check_stages(self.stages, self.model.layers, self.steps)
@@ -227,9 +237,86 @@ def _check_stages(stages: tuple[Stage, ...], layers: int, steps: int) -> None:
         _require(stage.depth >= depth, f"stages[{i}]: depth {depth} -> {stage.depth} would drop layers")
         if stage.depth > depth:
             _require(stage.grow is not None, f"stages[{i}]: depth {depth} -> {stage.depth} needs grow, got grow=None")
+            check_growth(stage.grow, depth, stage.depth, where=f"stages[{i}]: ")
         elif i > 0:
             _require(stage.grow is None, f"stages[{i}]: depth stays {depth}, got grow={stage.grow!r}")
         depth = stage.depth
     _require(depth == layers, f"stages[{len(stages) - 1}]: the last stage must reach all {layers} layers, got depth {depth}")
     total = sum(stage.steps for stage in stages)
     _require(total == steps, f"stages: their steps must sum to {steps}, got {total}")
+
+
+def check_growth(operator: str, old: int, new: int, *, where: str = "") -> None:
+    """Whether `operator` can make `new` layers of `old` ones; ConfigError if not."""
+    _require(operator in GROWTH_OPERATORS, f"{where}grow must be one of {', '.join(GROWTH_OPERATORS)}, got {operator!r}")
+    _require(0 < old < new, f"{where}{operator} needs 0 < old depth < new depth, got {old} -> {new}")
+    if operator == "copy_top":
+        _require(new <= 2 * old, f"{where}copy_top can at most double the depth, got {old} -> {new}")
+    if operator in ("stack", "interleave"):
+        _require(new % old == 0, f"{where}{operator} needs a multiple of the old depth, got {old} -> {new}")
+
+
+def to_dict(config) -> dict:
+    """A configuration as plain JSON values: nested dicts, lists, numbers, strings."""
+    return {f.name: _plain(getattr(config, f.name)) for f in fields(config)}
+
+
+def _plain(value):
+    if is_dataclass(value):
+        return to_dict(value)
+    return [_plain(v) for v in value] if isinstance(value, tuple) else value
+
+
+def from_dict(values: dict, cls: type = TrainConfig):
+    """The inverse of `to_dict`. A key that is missing takes its default; one that is unknown is a ConfigError."""
+    return _read(cls, values, "")
+
+
+def _read(wanted, value, where: str):
+    """`value` (plain JSON) as the annotated type `wanted`; `where` is its path, such as stages[1].depth."""
+    if is_dataclass(wanted):
+        _require(isinstance(value, dict), f"{where or wanted.__name__} must be an object, got {value!r}")
+        annotations = typing.get_type_hints(wanted)
+        prefix = f"{where}." if where else ""
+        for name in value:
+            near = difflib.get_close_matches(name, annotations, n=1)
+            hint = f"; did you mean {near[0]!r}?" if near else f"; it has {', '.join(annotations)}"
+            _require(name in annotations, f"{wanted.__name__} has no field {prefix + name!r}{hint}")
+        missing = [f.name for f in fields(wanted) if f.name not in value and f.default is f.default_factory]  # both MISSING
+        _require(not missing, f"{where or wanted.__name__} needs {', '.join(missing)}, got {', '.join(value) or 'nothing'}")
+        return wanted(**{name: _read(annotations[name], v, prefix + name) for name, v in value.items()})
+    if typing.get_origin(wanted) is tuple:
+        _require(isinstance(value, (list, tuple)), f"{where} must be a list, got {value!r}")
+        item = typing.get_args(wanted)[0]
+        return tuple(_read(item, v, f"{where}[{i}]") for i, v in enumerate(value))
+    choices = typing.get_args(wanted) if isinstance(wanted, types.UnionType) else (wanted,)
+    if float in choices and type(value) is int:
+        return float(value)
+    fits = type(value) in choices
+    names = " or ".join("null" if c is type(None) else c.__name__ for c in choices)
+    _require(fits, f"{where} must be {names}, got {value!r}")
+    return value
+
+
+def differences(old: TrainConfig, new: TrainConfig) -> list[str]:
+    """What keeps a run made with `old` from being continued with `new`: "lr: 0.001 -> 0.002", empty if nothing does."""
+    found: list[str] = []
+    for f in fields(old):
+        if f.name not in MAY_CHANGE_ON_RESUME:
+            _compare(f.name, getattr(old, f.name), getattr(new, f.name), found)
+    return found
+
+
+def _compare(name: str, old, new, found: list[str]) -> None:
+    if is_dataclass(old):
+        for f in fields(old):
+            # The sections of TrainConfig add nothing to a name (field names are unique over them); stages[i] does.
+            inner = f"{name}.{f.name}" if isinstance(old, Stage) else f.name
+            _compare(inner, getattr(old, f.name), getattr(new, f.name), found)
+    elif name == "stages" and len(old) == len(new):
+        for i, (a, b) in enumerate(zip(old, new, strict=True)):
+            _compare(f"stages[{i}]", a, b, found)
+    elif name == "stages":
+        found.append(f"stages: {len(old)} stages -> {len(new)} stages")
+    elif old != new:
+        found.append(f"{name}: {old!r} -> {new!r}")

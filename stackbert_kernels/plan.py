@@ -1,0 +1,234 @@
+"""TrainConfig -> the spans that the loop executes, and what they cost. Pure: nothing here reads a file, a clock or a tensor.
+
+C hidden, I inner, L layers, S tokens of a sequence, V vocabulary, b cost of a backward over that of its forward.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from stackbert_kernels.config import ConfigError, DataConfig, ModelConfig, Stage, TrainConfig
+
+WARMUP_SHARE = 0.02
+"""Of all steps, where OptimConfig.warmup is 0."""
+BACKWARD = 2.0
+"""b of the layer-unit model: of a matrix product, the gradients of input and weight cost one forward each."""
+
+
+@dataclass(frozen=True)
+class Span:
+    """One stage at its place in the run: steps [first, last), counted from the start of the run."""
+
+    stage: Stage
+    index: int
+    first: int
+    last: int
+    config: TrainConfig
+
+    @property
+    def grows(self) -> bool:
+        return self.stage.grow is not None
+
+    @property
+    def name(self) -> str:
+        return self.stage.name or f"stage {self.index + 1}"
+
+    def lr(self, step: int) -> float:
+        """The learning rate of `step`."""
+        if not self.first <= step < self.last:
+            raise ValueError(f"Span.lr: step must be in [{self.first}, {self.last}) of {self.name}, got {step}")
+        config, stage = self.config, self.stage
+        warmup = warmup_steps(config)
+        local = step - self.first
+        if stage.lr_policy == "restart":
+            warmup = stage.rewarm or max(1, round(warmup * stage.steps / config.steps))
+            return config.optim.lr * warmup_then_decay(local, stage.steps, warmup)
+        again = min(1.0, (local + 1) / stage.rewarm) if stage.rewarm else 1.0
+        return config.optim.lr * warmup_then_decay(step, config.steps, warmup) * again
+
+
+def plan(config: TrainConfig) -> list[Span]:
+    """The stages of `config` one after another; they cover steps [0, config.steps) exactly."""
+    spans, first = [], 0
+    for index, stage in enumerate(config.stages):
+        spans.append(Span(stage, index, first, first + stage.steps, config))
+        first += stage.steps
+    return spans
+
+
+def span_at(spans: Sequence[Span], step: int) -> Span:
+    """The span that executes `step`."""
+    for span in spans:
+        if span.first <= step < span.last:
+            return span
+    raise ValueError(f"span_at: step must be in [0, {spans[-1].last}), got {step}")
+
+
+def warmup_steps(config: TrainConfig) -> int:
+    return config.optim.warmup or max(1, round(WARMUP_SHARE * config.steps))
+
+
+def warmup_then_decay(step: int, steps: int, warmup: int) -> float:
+    """1/warmup, 2/warmup, ... 1 at step warmup - 1 and at step `warmup`, then linearly to 0 at `steps`, which is never executed."""
+    if step < warmup:
+        return (step + 1) / warmup
+    return (steps - step) / (steps - warmup)
+
+
+# --- cost in layer forwards (specs/common.md section 2) ---
+
+
+def step_cost(depth: int, train_from: int, *, head: float = 0.0, backward: float = BACKWARD) -> float:
+    """Cost of a token in forwards of one layer: depth + b * (depth - train_from) + head * (1 + b)."""
+    return depth + backward * (depth - train_from) + head * (1 + backward)
+
+
+def head_cost(model: ModelConfig, data: DataConfig) -> float:
+    """Forward of the masked-LM head in forwards of one layer: its matrices see only the masked tokens."""
+    vocab = vocab_size(model, data)
+    return _head_flops(model.hidden, vocab, data.mask_rate) / _layer_flops(model.hidden, model.inner, data.seq_len)
+
+
+def relative_step_cost(config: TrainConfig, stage: Stage, *, backward: float = BACKWARD) -> float:
+    """A step of `stage` over a step of the whole model, by `step_cost` with the head."""
+    head = head_cost(config.model, config.data)
+    cost = step_cost(stage.depth, stage.train_from, head=head, backward=backward)
+    return cost / step_cost(config.model.layers, 0, head=head, backward=backward)
+
+
+# --- cost in floating-point operations of the matrix products ---
+
+
+def flops_per_token(config: TrainConfig, stage: Stage) -> float:
+    """Matrix-product FLOPs that a training step of `stage` spends on a token, forward and backward.
+
+    A product counts 2 FLOPs a multiply-add, attention 4 S C a token forward and twice that backward, with S = seq_len (packed
+    samples are nearly full). Counted as the model executes it: the last layer is evaluated only where the heads read it once its
+    attention is done; layers below the window have no backward (with embeddings = full: the gradient of their input alone); the
+    first layer of a detached window needs no gradient of its input; a frozen word embedding needs none as decoder.
+    Attention's recomputation of its probabilities in the backward, element-wise work and embedding look-ups are not counted.
+    """
+    model, data = config.model, config.data
+    C, I = model.hidden, model.inner  # noqa: E741
+    rows = data.mask_rate + (0.0 if model.objective == "mlm" else 1.0 / data.seq_len)  # of a token: where the heads read
+    qkv, attention, rest = 6.0 * C * C, 4.0 * data.seq_len * C, 2.0 * C * C + 4.0 * C * I
+    embeddings_learn_below = stage.embeddings in ("train", "full")
+    total = 0.0
+    for layer in range(stage.depth):
+        share = min(1.0, rows) if layer == stage.depth - 1 else 1.0
+        total += qkv + attention + share * rest
+        if layer >= stage.train_from:
+            total += 2 * attention + share * 2 * rest + qkv
+            total += qkv if layer > stage.train_from or embeddings_learn_below else 0.0
+        elif stage.embeddings == "full":
+            total += 2 * attention + rest + qkv
+
+    transform, decoder = 2.0 * C * C, 2.0 * C * vocab_size(model, data)
+    decoder_learns = stage.embeddings != "freeze"
+    total += data.mask_rate * (3 * transform + (3 if decoder_learns else 2) * decoder)
+    if model.objective != "mlm":
+        total += 3 * (2.0 * C * C + 4.0 * C) / data.seq_len  # pooler and the pair classifier, once a sequence
+    return total
+
+
+def flops_per_step(config: TrainConfig, span: Span) -> float:
+    return flops_per_token(config, span.stage) * config.data.batch_tokens
+
+
+def baseline_stage(config: TrainConfig) -> Stage:
+    """All layers, all parameters, all steps: what a stage's cost is compared with."""
+    return Stage(steps=config.steps, depth=config.model.layers)
+
+
+# --- parameters ---
+
+
+def trainable_parameters(config: TrainConfig, stage: Stage) -> int:
+    """How many parameters a step of `stage` updates; 4 bytes of each are what data-parallel training would reduce."""
+    model = config.model
+    C, V = model.hidden, vocab_size(model, config.data)
+    count = (stage.depth - stage.train_from) * layer_parameters(model)
+    if stage.embeddings in ("train", "full"):
+        count += embedding_parameters(model, V)
+    if stage.embeddings in ("output_grad", "untie"):
+        count += V * C
+    count += 2 * C if model.norm == "pre" else 0
+    return count + head_parameters(model, V)
+
+
+def layer_parameters(model: ModelConfig) -> int:
+    C, I = model.hidden, model.inner  # noqa: E741
+    return 4 * (C * C + C) + (2 * C * I + I + C) + 4 * C
+
+
+def embedding_parameters(model: ModelConfig, vocab: int) -> int:
+    return (vocab + model.max_position + model.token_types + 2) * model.hidden
+
+
+def head_parameters(model: ModelConfig, vocab: int) -> int:
+    """MLM transform, its norm and the output bias (the decoder is tied); pooler and pair classifier where the objective has them."""
+    C = model.hidden
+    pair = 0 if model.objective == "mlm" else (C * C + C) + (2 * C + 2)
+    return (C * C + C) + 2 * C + vocab + pair
+
+
+def vocab_size(model: ModelConfig, data: DataConfig) -> int:
+    """Rows of the word embedding as far as known: a tokenizer that is still to be trained is taken at its wanted size."""
+    return model.vocab_size or data.train_vocab_size
+
+
+def _layer_flops(C: int, I: int, S: int) -> float:  # noqa: E741
+    return 8.0 * C * C + 4.0 * C * I + 4.0 * S * C
+
+
+def _head_flops(C: int, V: int, mask_rate: float) -> float:
+    return mask_rate * (2.0 * C * C + 2.0 * C * V)
+
+
+# --- the table ---
+
+
+def cost_table(config: TrainConfig, seconds_per_step: Sequence[float] | None = None) -> str:
+    """What the run will do and cost, a line a stage; with measured seconds per step (one a stage), beside them.
+
+    `layers` is the cost of a step relative to one of the whole model by `step_cost` with the head, `FLOPs` the same by
+    `flops_per_token`, `share` the stage's part of all FLOPs.
+    """
+    spans = plan(config)
+    if seconds_per_step is not None and len(seconds_per_step) != len(spans):
+        raise ConfigError(f"cost_table: seconds_per_step must have {len(spans)} numbers, one a stage, got {len(seconds_per_step)}")
+    full = baseline_stage(config)
+    full_flops = flops_per_token(config, full)
+    flops = [flops_per_token(config, span.stage) for span in spans]
+    simple = [relative_step_cost(config, span.stage) for span in spans]
+    total = sum(f * span.stage.steps for f, span in zip(flops, spans, strict=True))
+
+    header = ["stage", "name", "steps", "depth", "train from", "trainable", "layers", "FLOPs", "share"]
+    rows = []
+    for span, f, cost in zip(spans, flops, simple, strict=True):
+        stage = span.stage
+        rows.append([str(span.index), span.name, str(stage.steps), str(stage.depth), str(stage.train_from),
+                     f"{trainable_parameters(config, stage):,}", f"{cost:.3f}", f"{f / full_flops:.3f}",
+                     f"{100 * f * stage.steps / total:.1f}%"])
+    if seconds_per_step is not None:
+        whole = [s for s, span in zip(seconds_per_step, spans, strict=True) if (span.stage.depth, span.stage.train_from) == (full.depth, 0)]
+        header += ["ms/step", "measured"]
+        for row, seconds in zip(rows, seconds_per_step, strict=True):
+            row += [f"{1e3 * seconds:.1f}", f"{seconds / whole[-1]:.3f}" if whole else "-"]
+
+    by_layers = config.steps / sum(cost * span.stage.steps for cost, span in zip(simple, spans, strict=True))
+    by_flops = config.steps * full_flops / total
+    return "\n".join([
+        *_aligned([header, *rows]),
+        f"predicted speed-up over training all layers for as many steps: {by_layers:.2f}x by layers (b = {BACKWARD:g}, "
+        f"head = {head_cost(config.model, config.data):.3f} layer forwards), {by_flops:.2f}x by FLOPs",
+        f"total: {config.steps} steps, {config.steps * config.data.batch_tokens:,} tokens, {total * config.data.batch_tokens:.2e} FLOPs",
+    ])  # fmt: skip
+
+
+def _aligned(rows: list[list[str]]) -> list[str]:
+    """Columns of equal width; names to the left, numbers to the right."""
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    return ["  ".join(cell.ljust(w) if i == 1 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True))).rstrip()
+            for row in rows]  # fmt: skip

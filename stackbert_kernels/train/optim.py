@@ -1,0 +1,188 @@
+"""AdamW over the rows of a LayerBank that a stage trains, and the always-on parameters.
+
+L layers, P elements of a bank row.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from stackbert_kernels.config import OptimConfig, Stage
+from stackbert_kernels.model.bert import Bert
+
+
+@dataclass(frozen=True)
+class Moments:
+    """Adam's state of one always-on parameter."""
+
+    exp_avg: Tensor
+    exp_avg_sq: Tensor
+    step: Tensor  # float32 scalar, as torch's fused kernel reads it
+
+
+class AdamW:
+    """Adam with decoupled weight decay (Loshchilov & Hutter, arXiv 1711.05101), on torch's fused kernel.
+
+        exp_avg, exp_avg_sq  [L, P] float32  moments of the bank's rows
+        steps                [L] float32     steps that each row has taken
+
+    Matrices and embeddings decay, biases and norms do not (the recipe of BERT). Only the window and the always-on parameters with
+    requires_grad are touched: a frozen row keeps its weights, moments and count bit for bit, and nothing is allocated for an
+    always-on parameter that never learned. A step whose loss or gradient norm is not finite changes nothing, decided on the device without a wait.
+    Made for a model on its final device; call `set_window` after each `model.use`.
+    """
+
+    def __init__(self, model: Bert, config: OptimConfig):
+        self.model, self.config = model, config
+        bank = model.bank
+        self.exp_avg, self.exp_avg_sq = torch.zeros_like(bank.weights), torch.zeros_like(bank.weights)
+        self.steps = torch.zeros(len(bank.weights), device=bank.weights.device)
+        self.always_on: dict[str, Moments] = {}
+        self.skipped = torch.zeros(2, device=bank.weights.device)  # steps skipped: in all, in a row until now
+        self.norm: Tensor | None = None
+        self._scale: Tensor | None = None
+        self._follow_model()
+
+    def set_window(self, stage: Stage) -> None:
+        """Trains what `model.use` of this stage marked; with stage.optimizer_state "reset", from zero moments.
+
+        The first call of a stage that is entered, and before load_state_dict when a run resumes inside it.
+        """
+        if self.model.bank.window != (stage.train_from, stage.depth):
+            raise ValueError(f"AdamW.set_window: model.use must set the window [{stage.train_from}, {stage.depth}) first, "
+                             f"got {list(self.model.bank.window)}")  # fmt: skip
+        if stage.optimizer_state == "reset":
+            self.reset()
+        self._follow_model()
+
+    def reset(self) -> None:
+        """Zero moments and step counts of all parameters."""
+        for tensor in (self.exp_avg, self.exp_avg_sq, self.steps):
+            tensor.zero_()
+        self.always_on.clear()
+        self._follow_model()
+
+    def _follow_model(self) -> None:
+        """Moments for exactly the always-on parameters that learn or have learned; a private decoder that is gone loses its own."""
+        parameters = self.model.always_on_parameters()
+        self.always_on = {name: moments for name, moments in self.always_on.items() if name in parameters}
+        for name, parameter in parameters.items():
+            if parameter.requires_grad and name not in self.always_on:
+                self.always_on[name] = _no_moments(parameter)
+        self.norm = self._scale = None
+
+    def zero_grad(self) -> None:
+        self.model.zero_grad()
+        self.norm = self._scale = None
+
+    def gradients(self) -> list[Tensor]:
+        """Exactly what this stage trains: a dense row a layer of the window, and the always-on gradients that exist."""
+        first, last = self.model.bank.window
+        return [*self.model.bank.grads[first:last].unbind(), *(p.grad for _, p in self._learning())]
+
+    @torch.no_grad()
+    def clip(self, max_norm: float) -> Tensor:
+        """Global norm of the gradients, a scalar on their device; the next `step` scales them to at most max_norm (0: as they are).
+
+        The scaling is a factor inside the fused kernel, so it costs no pass over the gradients.
+        """
+        self.norm = torch.nn.utils.get_total_norm(self.gradients())
+        self._scale = ((self.norm + 1e-6) / max_norm).clamp_(min=1.0) if max_norm > 0 else None  # 1e-6 as torch's clip_grad_norm_
+        return self.norm
+
+    @torch.no_grad()
+    def step(self, lr: float, *, loss: Tensor | None = None) -> Tensor:
+        """One update at rate `lr`, clipped as `clip` said. Returns 1.0 if it was skipped (norm or loss not finite), else 0.0, as a
+        scalar on the device; `skipped` counts them."""
+        norm = self.clip(0.0) if self.norm is None else self.norm
+        finite = torch.isfinite(norm)
+        if loss is not None:
+            finite &= torch.isfinite(loss.detach()).all()
+        skip = (~finite).float()
+        taken = 1.0 - skip
+
+        bank, cut = self.model.bank, self.model.bank.decay_size
+        first, last = bank.window
+        self.steps[first:last] += taken
+        rows = [(bank.weights[i], bank.grads[i], self.exp_avg[i], self.exp_avg_sq[i], self.steps[i]) for i in range(first, last)]
+        decayed = [(*(t[:cut] for t in tensors), step) for *tensors, step in rows]
+        plain = [(*(t[cut:] for t in tensors), step) for *tensors, step in rows]
+        for name, parameter in self._learning():
+            moments = self.always_on[name]
+            moments.step.add_(taken)
+            group = decayed if parameter.dim() >= 2 else plain
+            group.append((parameter, parameter.grad, moments.exp_avg, moments.exp_avg_sq, moments.step))
+        self._update(decayed, lr, self.config.weight_decay, skip)
+        self._update(plain, lr, 0.0, skip)
+
+        self.skipped += skip
+        self.skipped[1] *= skip
+        self.norm = self._scale = None
+        return skip
+
+    def _update(self, group: list[tuple[Tensor, ...]], lr: float, weight_decay: float, skip: Tensor) -> None:
+        # The kernel itself, not torch.optim.AdamW: a row is two slices (with decay, without) that share one step count.
+        weights, grads, exp_avg, exp_avg_sq, steps = (list(tensors) for tensors in zip(*group, strict=True))
+        torch._fused_adamw_(
+            weights, grads, exp_avg, exp_avg_sq, [], steps, lr=lr, beta1=self.config.beta1, beta2=self.config.beta2,
+            weight_decay=weight_decay, eps=self.config.eps, amsgrad=False, maximize=False, grad_scale=self._scale, found_inf=skip,
+        )  # fmt: skip
+
+    def _learning(self) -> list[tuple[str, Tensor]]:
+        return [(name, p) for name, p in self.model.always_on_parameters().items() if p.requires_grad and p.grad is not None]
+
+    # --- state, by parameter name ---
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """{"<parameter>.exp_avg", "<parameter>.exp_avg_sq", "<always-on parameter or bank.layers.N>.step", "skipped"}: views, no copies.
+
+        Layers at and above the model's depth have no state.
+        """
+        return self._named_state(self.always_on)
+
+    def _named_state(self, always_on: dict[str, Moments]) -> dict[str, Tensor]:
+        state = {"skipped": self.skipped}
+        for i in range(self.model.depth):
+            state |= self._layer_state(i)
+        for name, moments in always_on.items():
+            state |= {f"{name}.exp_avg": moments.exp_avg, f"{name}.exp_avg_sq": moments.exp_avg_sq, f"{name}.step": moments.step}
+        return state
+
+    def _layer_state(self, i: int) -> dict[str, Tensor]:
+        state = {f"bank.layers.{i}.step": self.steps[i]}
+        for slot in self.model.bank.layout:
+            state[f"bank.layers.{i}.{slot.name}.exp_avg"] = slot.view(self.exp_avg[i])
+            state[f"bank.layers.{i}.{slot.name}.exp_avg_sq"] = slot.view(self.exp_avg_sq[i])
+        return state
+
+    @torch.no_grad()
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """The inverse of `state_dict` for a model of the same depth, after `set_window`; ValueError, and nothing loaded, if names or
+        shapes differ."""
+        # A parameter that is frozen now has moments if it learned in an earlier stage: as the state says.
+        always_on = dict(self.always_on)
+        for name, parameter in self.model.always_on_parameters().items():
+            if not parameter.requires_grad and f"{name}.exp_avg" not in state:
+                always_on.pop(name, None)
+            elif name not in always_on and f"{name}.exp_avg" in state:
+                always_on[name] = _no_moments(parameter)
+        own = self._named_state(always_on)
+        for what, names in (("lacks", own.keys() - state.keys()), ("has unknown", state.keys() - own.keys())):
+            if names:
+                more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+                raise ValueError(f"AdamW.load_state_dict: the state {what} {', '.join(sorted(names)[:3])}{more}")
+        for name, tensor in own.items():
+            if state[name].shape != tensor.shape:
+                raise ValueError(f"AdamW.load_state_dict: {name} must be {list(tensor.shape)}, got {list(state[name].shape)}")
+        for bank in (self.exp_avg, self.exp_avg_sq, self.steps):
+            bank[self.model.depth :].zero_()
+        for name, tensor in own.items():
+            tensor.copy_(state[name])
+        self.always_on = always_on
+
+
+def _no_moments(parameter: Tensor) -> Moments:
+    return Moments(torch.zeros_like(parameter), torch.zeros_like(parameter), torch.zeros((), device=parameter.device))
