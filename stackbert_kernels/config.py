@@ -76,7 +76,10 @@ class ModelConfig:
     def __post_init__(self):
         _positive(layers=self.layers, hidden=self.hidden, heads=self.heads, max_position=self.max_position)
         _positive(token_types=self.token_types, norm_eps=self.norm_eps, init_std=self.init_std)
-        _require(self.hidden % self.heads == 0, f"hidden must be divisible by heads, got hidden {self.hidden}, heads {self.heads}")
+        _require(
+            self.hidden % self.heads == 0,
+            f"hidden must be divisible by heads, got hidden {self.hidden}, heads {self.heads}",
+        )
         _require(self.inner >= 0, f"inner must be >= 0, got {self.inner}")
         _require(self.vocab_size >= 0, f"vocab_size must be >= 0, got {self.vocab_size}")
         _one_of("activation", self.activation, ACTIVATIONS)
@@ -121,8 +124,10 @@ class DataConfig:
 
     def __post_init__(self):
         _require(self.seq_len >= 8, f"seq_len must be >= 8, got {self.seq_len}")
-        _require(self.batch_tokens >= self.seq_len,
-                 f"batch_tokens must be >= seq_len, got batch_tokens {self.batch_tokens}, seq_len {self.seq_len}")
+        _require(
+            self.batch_tokens >= self.seq_len,
+            f"batch_tokens must be >= seq_len, got batch_tokens {self.batch_tokens}, seq_len {self.seq_len}",
+        )
         _positive(train_vocab_size=self.train_vocab_size, eval_tokens=self.eval_tokens)
         _fraction(mask_rate=self.mask_rate, heldout=self.heldout)
         _positive(mask_rate=self.mask_rate, heldout=self.heldout)
@@ -178,14 +183,22 @@ class Stage:
 
     def __post_init__(self):
         _positive(steps=self.steps, depth=self.depth)
-        _require(0 <= self.train_from < self.depth, f"train_from must be in [0, depth), got train_from {self.train_from}, depth {self.depth}")
+        _require(
+            0 <= self.train_from < self.depth,
+            f"train_from must be in [0, depth), got train_from {self.train_from}, depth {self.depth}",
+        )
         _one_of("embeddings", self.embeddings, EMBEDDING_POLICIES)
         _one_of("optimizer_state", self.optimizer_state, OPTIMIZER_STATES)
         _one_of("lr_policy", self.lr_policy, LR_POLICIES)
-        _require(0 <= self.rewarm <= self.steps, f"rewarm must be in [0, steps], got rewarm {self.rewarm}, steps {self.steps}")
-        _require(self.train_from == 0 or self.embeddings != "train",
-                 f"embeddings cannot be 'train' where train_from is {self.train_from}: the boundary is detached; "
-                 "use freeze, output_grad, untie or full")
+        _require(
+            0 <= self.rewarm <= self.steps,
+            f"rewarm must be in [0, steps], got rewarm {self.rewarm}, steps {self.steps}",
+        )
+        _require(
+            self.train_from == 0 or self.embeddings != "train",
+            f"embeddings cannot be 'train' where train_from is {self.train_from}: the boundary is detached; "
+            "use freeze, output_grad, untie or full",
+        )
 
 
 @dataclass(frozen=True)
@@ -215,16 +228,28 @@ class TrainConfig:
     log_every: int = 10
 
     def __post_init__(self):
-        _positive(steps=self.steps, checkpoint_every=self.checkpoint_every, eval_every=self.eval_every, log_every=self.log_every)
+        _positive(
+            steps=self.steps,
+            checkpoint_every=self.checkpoint_every,
+            eval_every=self.eval_every,
+            log_every=self.log_every,
+        )
         _require(self.keep >= 1, f"keep must be >= 1, got {self.keep}")
         _require(self.threads >= 0, f"threads must be >= 0, got {self.threads}")
         _one_of("precision", self.precision, ("fp32", "bf16"))
         _one_of("impl", self.impl, IMPLEMENTATIONS)
-        _require(self.device in ("auto", "cpu", "cuda") or (self.device.startswith("cuda:") and self.device[5:].isdigit()),
-                 f"device must be auto, cpu, cuda or cuda:N, got {self.device!r}")
-        _require(self.data.seq_len <= self.model.max_position,
-                 f"seq_len must be <= max_position, got seq_len {self.data.seq_len}, max_position {self.model.max_position}")
-        _require(self.optim.warmup < self.steps, f"warmup must be < steps, got warmup {self.optim.warmup}, steps {self.steps}")
+        _require(
+            self.device in ("auto", "cpu", "cuda") or (self.device.startswith("cuda:") and self.device[5:].isdigit()),
+            f"device must be auto, cpu, cuda or cuda:N, got {self.device!r}",
+        )
+        _require(
+            self.data.seq_len <= self.model.max_position,
+            f"seq_len must be <= max_position, got seq_len {self.data.seq_len}, max_position {self.model.max_position}",
+        )
+        _require(
+            self.optim.warmup < self.steps,
+            f"warmup must be < steps, got warmup {self.optim.warmup}, steps {self.steps}",
+        )
         if not self.stages:
             object.__setattr__(self, "stages", (Stage(steps=self.steps, depth=self.model.layers, name="all layers"),))
         _check_stages(self.stages, self.model.layers, self.steps)
@@ -241,14 +266,18 @@ def _check_stages(stages: tuple[Stage, ...], layers: int, steps: int) -> None:
         elif i > 0:
             _require(stage.grow is None, f"stages[{i}]: depth stays {depth}, got grow={stage.grow!r}")
         depth = stage.depth
-    _require(depth == layers, f"stages[{len(stages) - 1}]: the last stage must reach all {layers} layers, got depth {depth}")
+    _require(
+        depth == layers, f"stages[{len(stages) - 1}]: the last stage must reach all {layers} layers, got depth {depth}"
+    )
     total = sum(stage.steps for stage in stages)
     _require(total == steps, f"stages: their steps must sum to {steps}, got {total}")
 
 
 def check_growth(operator: str, old: int, new: int, *, where: str = "") -> None:
     """Whether `operator` can make `new` layers of `old` ones; ConfigError if not."""
-    _require(operator in GROWTH_OPERATORS, f"{where}grow must be one of {', '.join(GROWTH_OPERATORS)}, got {operator!r}")
+    _require(
+        operator in GROWTH_OPERATORS, f"{where}grow must be one of {', '.join(GROWTH_OPERATORS)}, got {operator!r}"
+    )
     _require(0 < old < new, f"{where}{operator} needs 0 < old depth < new depth, got {old} -> {new}")
     if operator == "copy_top":
         _require(new <= 2 * old, f"{where}copy_top can at most double the depth, got {old} -> {new}")
@@ -282,8 +311,12 @@ def _read(wanted, value, where: str):
             near = difflib.get_close_matches(name, annotations, n=1)
             hint = f"; did you mean {near[0]!r}?" if near else f"; it has {', '.join(annotations)}"
             _require(name in annotations, f"{wanted.__name__} has no field {prefix + name!r}{hint}")
-        missing = [f.name for f in fields(wanted) if f.name not in value and f.default is f.default_factory]  # both MISSING
-        _require(not missing, f"{where or wanted.__name__} needs {', '.join(missing)}, got {', '.join(value) or 'nothing'}")
+        missing = [
+            f.name for f in fields(wanted) if f.name not in value and f.default is f.default_factory
+        ]  # both MISSING
+        _require(
+            not missing, f"{where or wanted.__name__} needs {', '.join(missing)}, got {', '.join(value) or 'nothing'}"
+        )
         return wanted(**{name: _read(annotations[name], v, prefix + name) for name, v in value.items()})
     if typing.get_origin(wanted) is tuple:
         _require(isinstance(value, (list, tuple)), f"{where} must be a list, got {value!r}")

@@ -111,7 +111,9 @@ def flops_per_token(config: TrainConfig, stage: Stage) -> float:
     """
     model, data = config.model, config.data
     C, I = model.hidden, model.inner  # noqa: E741
-    rows = data.mask_rate + (0.0 if model.objective == "mlm" else 1.0 / data.seq_len)  # of a token: where the heads read
+    rows = data.mask_rate + (
+        0.0 if model.objective == "mlm" else 1.0 / data.seq_len
+    )  # of a token: where the heads read
     qkv, attention, rest = 6.0 * C * C, 4.0 * data.seq_len * C, 2.0 * C * C + 4.0 * C * I
     embeddings_learn_below = stage.embeddings in ("train", "full")
     total = 0.0
@@ -197,7 +199,9 @@ def cost_table(config: TrainConfig, seconds_per_step: Sequence[float] | None = N
     """
     spans = plan(config)
     if seconds_per_step is not None and len(seconds_per_step) != len(spans):
-        raise ConfigError(f"cost_table: seconds_per_step must have {len(spans)} numbers, one a stage, got {len(seconds_per_step)}")
+        raise ConfigError(
+            f"cost_table: seconds_per_step must have {len(spans)} numbers, one a stage, got {len(seconds_per_step)}"
+        )
     full = baseline_stage(config)
     full_flops = flops_per_token(config, full)
     flops = [flops_per_token(config, span.stage) for span in spans]
@@ -208,11 +212,25 @@ def cost_table(config: TrainConfig, seconds_per_step: Sequence[float] | None = N
     rows = []
     for span, f, cost in zip(spans, flops, simple, strict=True):
         stage = span.stage
-        rows.append([str(span.index), span.name, str(stage.steps), str(stage.depth), str(stage.train_from),
-                     f"{trainable_parameters(config, stage):,}", f"{cost:.3f}", f"{f / full_flops:.3f}",
-                     f"{100 * f * stage.steps / total:.1f}%"])
+        rows.append(
+            [
+                str(span.index),
+                span.name,
+                str(stage.steps),
+                str(stage.depth),
+                str(stage.train_from),
+                f"{trainable_parameters(config, stage):,}",
+                f"{cost:.3f}",
+                f"{f / full_flops:.3f}",
+                f"{100 * f * stage.steps / total:.1f}%",
+            ]
+        )
     if seconds_per_step is not None:
-        whole = [s for s, span in zip(seconds_per_step, spans, strict=True) if (span.stage.depth, span.stage.train_from) == (full.depth, 0)]
+        whole = [
+            s
+            for s, span in zip(seconds_per_step, spans, strict=True)
+            if (span.stage.depth, span.stage.train_from) == (full.depth, 0)
+        ]
         header += ["ms/step", "measured"]
         for row, seconds in zip(rows, seconds_per_step, strict=True):
             row += [f"{1e3 * seconds:.1f}", f"{seconds / whole[-1]:.3f}" if whole else "-"]

@@ -48,7 +48,9 @@ def grow(model: Bert, optimizer: Moments | None, stage: Stage, *, seed: int) -> 
     if optimizer is not None and stage.optimizer_state == "reset":
         optimizer.reset()
     elif optimizer is not None:
-        without = [i for i, source in enumerate(rows) if source < 0 or (source != i and stage.optimizer_state == "zero")]
+        without = [
+            i for i, source in enumerate(rows) if source < 0 or (source != i and stage.optimizer_state == "zero")
+        ]
         for bank in (optimizer.exp_avg, optimizer.exp_avg_sq, optimizer.steps):
             ops.duplicate_layers_(bank[:new], sources, impl=model.impl)
             for i in without:

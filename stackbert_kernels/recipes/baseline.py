@@ -12,7 +12,7 @@ class BaselineOptions:
     """Ordinary training has nothing to choose."""
 
 
-def baseline(base: TrainConfig, options: BaselineOptions = BaselineOptions()) -> TrainConfig:  # noqa: B008 (frozen)
+def baseline(base: TrainConfig, options: BaselineOptions = BaselineOptions()) -> TrainConfig:
     """Devlin et al. 2018, "BERT" (arXiv 1810.04805): one stage, all layers, all parameters."""
     return replace(base, stages=(whole_run(base),), recipe="baseline")
 

@@ -50,18 +50,25 @@ class MsltOptions:
             raise ConfigError(f"mslt: stages must be >= 1, got {self.stages}")
         if not 0 <= self.joint < 1:
             raise ConfigError(f"mslt: joint must be in [0, 1), got {self.joint}")
-        for name, choices in (("init", INITS), ("embeddings", POLICIES), ("lr_policy", LR_POLICIES), ("optimizer_state", OPTIMIZER_STATES)):
+        for name, choices in (
+            ("init", INITS),
+            ("embeddings", POLICIES),
+            ("lr_policy", LR_POLICIES),
+            ("optimizer_state", OPTIMIZER_STATES),
+        ):
             if getattr(self, name) not in choices:
                 raise ConfigError(f"mslt: {name} must be one of {', '.join(choices)}, got {getattr(self, name)!r}")
         if self.rewarm is not None and self.rewarm < 0:
             raise ConfigError(f"mslt: rewarm must be >= 0, got {self.rewarm}")
         if self.stage_weights and len(self.stage_weights) != self.stages:
-            raise ConfigError(f"mslt: stage_weights must have {self.stages} numbers, one a stage, got {len(self.stage_weights)}")
+            raise ConfigError(
+                f"mslt: stage_weights must have {self.stages} numbers, one a stage, got {len(self.stage_weights)}"
+            )
         if not all(0 < weight < float("inf") for weight in self.stage_weights):
             raise ConfigError(f"mslt: stage_weights must be > 0, got {self.stage_weights}")
 
 
-def mslt(base: TrainConfig, options: MsltOptions = MsltOptions()) -> TrainConfig:  # noqa: B008 (frozen)
+def mslt(base: TrainConfig, options: MsltOptions = MsltOptions()) -> TrainConfig:
     """Yang et al. 2020, "Progressively Stacking 2.0" (arXiv 2011.13635): `stages` growth stages, then joint training.
 
     Stage i of k runs i * m layers (m = layers / k) and trains the top m of them with the heads; stage 1 trains the embeddings too.
@@ -71,22 +78,34 @@ def mslt(base: TrainConfig, options: MsltOptions = MsltOptions()) -> TrainConfig
     layers, k = base.model.layers, options.stages
     if layers % k:
         fitting = ", ".join(str(n) for n in range(1, layers + 1) if layers % n == 0)
-        raise ConfigError(f"mslt: layers must be divisible by stages, got layers {layers}, stages {k}; stages that fit: {fitting}")
+        raise ConfigError(
+            f"mslt: layers must be divisible by stages, got layers {layers}, stages {k}; stages that fit: {fitting}"
+        )
     joint_steps = round(options.joint * base.steps)
     weights = options.stage_weights or (1.0,) * k
     growth_steps = _divide(base.steps - joint_steps, weights)
     if min(growth_steps) < 1 or (options.joint > 0 and joint_steps < 1):
-        raise ConfigError(f"mslt: steps must leave each of {k} stages and the joint one (share {options.joint}) at least 1, got steps {base.steps}")
+        raise ConfigError(
+            f"mslt: steps must leave each of {k} stages and the joint one (share {options.joint}) at least 1, got steps {base.steps}"
+        )
     if k == 1 and joint_steps == 0:
         return replace(base, stages=(whole_run(base),), recipe="mslt")
 
     m = layers // k
     stages = []
     for i, steps in enumerate(growth_steps):
-        moved = {} if i == 0 else {"grow": options.init, "embeddings": options.embeddings, "rewarm": _rewarm(steps, options)}
-        stages.append(_stage(options, f"layers {i * m}-{(i + 1) * m - 1}", steps, depth=(i + 1) * m, train_from=i * m, **moved))
+        moved = (
+            {}
+            if i == 0
+            else {"grow": options.init, "embeddings": options.embeddings, "rewarm": _rewarm(steps, options)}
+        )
+        stages.append(
+            _stage(options, f"layers {i * m}-{(i + 1) * m - 1}", steps, depth=(i + 1) * m, train_from=i * m, **moved)
+        )
     if joint_steps:
-        stages.append(_stage(options, "joint", joint_steps, depth=layers, train_from=0, rewarm=_rewarm(joint_steps, options)))
+        stages.append(
+            _stage(options, "joint", joint_steps, depth=layers, train_from=0, rewarm=_rewarm(joint_steps, options))
+        )
     return replace(base, stages=tuple(stages), recipe="mslt")
 
 

@@ -90,7 +90,9 @@ class AdamW:
         The scaling is a factor inside the fused kernel, so it costs no pass over the gradients.
         """
         self.norm = torch.nn.utils.get_total_norm(self.gradients())
-        self._scale = ((self.norm + 1e-6) / max_norm).clamp_(min=1.0) if max_norm > 0 else None  # 1e-6 as torch's clip_grad_norm_
+        self._scale = (
+            ((self.norm + 1e-6) / max_norm).clamp_(min=1.0) if max_norm > 0 else None
+        )  # 1e-6 as torch's clip_grad_norm_
         return self.norm
 
     @torch.no_grad()
@@ -107,7 +109,10 @@ class AdamW:
         bank, cut = self.model.bank, self.model.bank.decay_size
         first, last = bank.window
         self.steps[first:last] += taken
-        rows = [(bank.weights[i], bank.grads[i], self.exp_avg[i], self.exp_avg_sq[i], self.steps[i]) for i in range(first, last)]
+        rows = [
+            (bank.weights[i], bank.grads[i], self.exp_avg[i], self.exp_avg_sq[i], self.steps[i])
+            for i in range(first, last)
+        ]
         decayed = [(*(t[:cut] for t in tensors), step) for *tensors, step in rows]
         plain = [(*(t[cut:] for t in tensors), step) for *tensors, step in rows]
         for name, parameter in self._learning():
@@ -132,7 +137,9 @@ class AdamW:
         )  # fmt: skip
 
     def _learning(self) -> list[tuple[str, Tensor]]:
-        return [(name, p) for name, p in self.model.always_on_parameters().items() if p.requires_grad and p.grad is not None]
+        return [
+            (name, p) for name, p in self.model.always_on_parameters().items() if p.requires_grad and p.grad is not None
+        ]
 
     # --- state, by parameter name ---
 
@@ -148,7 +155,11 @@ class AdamW:
         for i in range(self.model.depth):
             state |= self._layer_state(i)
         for name, moments in always_on.items():
-            state |= {f"{name}.exp_avg": moments.exp_avg, f"{name}.exp_avg_sq": moments.exp_avg_sq, f"{name}.step": moments.step}
+            state |= {
+                f"{name}.exp_avg": moments.exp_avg,
+                f"{name}.exp_avg_sq": moments.exp_avg_sq,
+                f"{name}.step": moments.step,
+            }
         return state
 
     def _layer_state(self, i: int) -> dict[str, Tensor]:
@@ -176,7 +187,9 @@ class AdamW:
                 raise ValueError(f"AdamW.load_state_dict: the state {what} {', '.join(sorted(names)[:3])}{more}")
         for name, tensor in own.items():
             if state[name].shape != tensor.shape:
-                raise ValueError(f"AdamW.load_state_dict: {name} must be {list(tensor.shape)}, got {list(state[name].shape)}")
+                raise ValueError(
+                    f"AdamW.load_state_dict: {name} must be {list(tensor.shape)}, got {list(state[name].shape)}"
+                )
         for bank in (self.exp_avg, self.exp_avg_sq, self.steps):
             bank[self.model.depth :].zero_()
         for name, tensor in own.items():
