@@ -8,6 +8,7 @@ in any process: nothing is remembered from one step to the next. Ranks and accum
 
 from __future__ import annotations
 
+import itertools
 import queue
 import threading
 from collections.abc import Iterator
@@ -60,7 +61,7 @@ def cut(lengths: np.ndarray, n: int) -> list[slice]:
         k = np.arange(1, n)
         at = np.minimum(np.maximum.accumulate(np.maximum(at, k) - k) + k, len(lengths) - n + k)
     edges = [0, *at.tolist(), len(lengths)]
-    return [slice(a, b) for a, b in zip(edges[:-1], edges[1:], strict=True)]
+    return [slice(a, b) for a, b in itertools.pairwise(edges)]
 
 
 class Batches:

@@ -211,16 +211,16 @@ def _tokenizer(files: list[Path], data: DataConfig, limit: int, size: int, progr
     share = min(1.0, VOCABULARY_SAMPLE_BYTES / max(size, 1))
 
     def sample() -> Iterator[str]:
-        with Progress("learning word pieces", size, "B", shown=progress) as bar:
-            for path in files:
-                for taken, block in documents(path):
-                    for document in block:
-                        number = _hash(document)
-                        if number >= limit and number % (1 << 20) < share * (1 << 20):
-                            yield from document.split("\n")
-                    bar.advance(taken)
+        for path in files:
+            for taken, block in documents(path):
+                for document in block:
+                    number = _hash(document)
+                    if number >= limit and number % (1 << 20) < share * (1 << 20):
+                        yield from document.split("\n")
+                bar.advance(taken)
 
-    return word_pieces.train(sample(), data.train_vocab_size, data.lowercase)
+    with Progress("learning word pieces", 2 * size, "B", shown=progress) as bar:
+        return word_pieces.train(sample, data.train_vocab_size, data.lowercase)
 
 
 # Shards

@@ -17,7 +17,7 @@ BLOCK = 1 << 22
 # Longer documents are cut at a line end: one huge text without blank lines still gives a held-out part and bounded memory.
 LONGEST_DOCUMENT = 1 << 16
 SUFFIXES = (".txt", ".jsonl")
-SENTENCE_END = re.compile(r"""([.!?]["”’')]*)\s+""")
+SENTENCE_END = re.compile(r"""([.!?]["\u201d\u2019')]*)\s+""")
 
 
 def source_files(text: Sequence[str]) -> list[Path]:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import collections
 import json
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import tokenizers
@@ -71,20 +72,29 @@ def load(vocab: str, lowercase: bool) -> Tokenizer:
     return tokenizer
 
 
-def train(text: Iterable[str], size: int, lowercase: bool) -> Tokenizer:
-    """A WordPiece of at most `size` pieces, BERT's rules."""
+def train(text: Callable[[], Iterable[str]], size: int, lowercase: bool) -> Tokenizer:
+    """A WordPiece of at most `size` pieces, BERT's rules. `text` is called twice; the same text gives the same pieces."""
     if size < 2 * len(SPECIAL):
         raise ConfigError(f"train_vocab_size must be >= {2 * len(SPECIAL)}, got {size}")
     tokenizer = _bert({name: number for number, name in enumerate(SPECIAL)}, lowercase)
-    # Rare letters become [UNK]; the alphabet (each letter also as a ## piece) may take a quarter of the words.
+    letters: collections.Counter[str] = collections.Counter()
+    for part in text():
+        letters.update(tokenizer.normalizer.normalize_str(part))
+    # Rare letters become [UNK]: the alphabet, each letter also as a ## piece, may take a quarter of the words.
+    ranked = sorted((c for c in letters if not c.isspace()), key=lambda c: (-letters[c], c))
+    alphabet = sorted(ranked[: min(1000, max(32, size // 8))])
+    # The library would number the ## letters in the order of a hash map, which changes from run to run and decides between pairs of
+    # equal count. Given as special they have fixed numbers; the tokenizer is made anew from the vocabulary, without that mark.
+    inside = [f"##{c}" for c in alphabet if len(tokenizer.pre_tokenizer.pre_tokenize_str(f"a{c}")) == 1]
     trainer = trainers.WordPieceTrainer(
         vocab_size=size,
-        special_tokens=list(SPECIAL),
-        limit_alphabet=min(1000, max(32, size // 8)),
+        special_tokens=[*SPECIAL, *inside],
+        initial_alphabet=alphabet,
+        limit_alphabet=len(alphabet),
         show_progress=False,
     )
-    tokenizer.train_from_iterator(text, trainer)
-    return _finish(tokenizer)
+    tokenizer.train_from_iterator(text(), trainer)
+    return _finish(_bert(tokenizer.get_vocab(), lowercase))
 
 
 def continuations(tokenizer: Tokenizer) -> list[int] | None:
