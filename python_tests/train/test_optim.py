@@ -16,6 +16,15 @@ STAGE_2 = Stage(steps=1, depth=4, train_from=2, grow="copy_top", embeddings="fre
 JOINT = Stage(steps=1, depth=4)
 
 
+@pytest.fixture(autouse=True)
+def _one_thread():
+    """The models are tiny: waking a second thread costs more than it does, and much more on a busy machine."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 def enter(model, optimizer, stage: Stage) -> None:
     model.use(stage.depth, stage.train_from, stage.embeddings, stage.frozen_dropout)
     optimizer.set_window(stage)
@@ -137,7 +146,13 @@ def test_each_row_counts_its_own_steps():
 
 def test_no_state_for_what_never_learned():
     _, optimizer = make(STAGE_2)
-    assert set(optimizer.always_on) == {"mlm.transform.weight", "mlm.transform.bias", "mlm.norm.weight", "mlm.norm.bias", "mlm.bias"}
+    assert set(optimizer.always_on) == {
+        "mlm.transform.weight",
+        "mlm.transform.bias",
+        "mlm.norm.weight",
+        "mlm.norm.bias",
+        "mlm.bias",
+    }
 
 
 def test_private_decoder_has_moments_only_while_it_exists():
@@ -258,7 +273,10 @@ def test_state_is_named_by_parameter_and_shares_storage():
     names = {name for name, p in model.named_parameters() if p.requires_grad}
     assert {name.removesuffix(".exp_avg") for name in state if name.endswith(".exp_avg")} == names
     assert {"bank.layers.1.step", "word.step", "skipped"} <= set(state) and "bank.layers.2.step" not in state
-    assert state["bank.layers.1.out_weight.exp_avg"].data_ptr() == model.bank.layout[1].view(optimizer.exp_avg[1]).data_ptr()
+    assert (
+        state["bank.layers.1.out_weight.exp_avg"].data_ptr()
+        == model.bank.layout[1].view(optimizer.exp_avg[1]).data_ptr()
+    )
 
 
 @pytest.mark.parametrize(
@@ -268,8 +286,14 @@ def test_state_is_named_by_parameter_and_shares_storage():
         (lambda state: state.pop("mlm.bias.exp_avg"), "the state lacks mlm.bias.exp_avg"),
         (lambda state: state.pop("bank.layers.0.step"), "the state lacks bank.layers.0.step"),
         (lambda state: state.update({"other.exp_avg": torch.zeros(1)}), "the state has unknown other.exp_avg"),
-        (lambda state: state.update({"bank.layers.2.step": torch.zeros(())}), "the state has unknown bank.layers.2.step"),
-        (lambda state: state.update({"word.exp_avg": torch.zeros(3, 4)}), r"word.exp_avg must be \[97, 32\], got \[3, 4\]"),
+        (
+            lambda state: state.update({"bank.layers.2.step": torch.zeros(())}),
+            "the state has unknown bank.layers.2.step",
+        ),
+        (
+            lambda state: state.update({"word.exp_avg": torch.zeros(3, 4)}),
+            r"word.exp_avg must be \[97, 32\], got \[3, 4\]",
+        ),
     ],
 )
 def test_a_state_that_does_not_fit_is_refused_whole(edit, message):
