@@ -15,16 +15,17 @@ import sys
 import uuid
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import safetensors.torch
-from torch import Tensor
+if TYPE_CHECKING:  # torch is loaded by what handles tensors alone: verifying needs none and starts at once
+    from torch import Tensor
 
 FORMAT = 1
 MANIFEST = "MANIFEST.json"
 TEMPORARY = ".tmp-"  # a folder with this prefix is nobody's: start-up removes it
 NEVER_PRUNED = 2  # the newest valid checkpoints, whatever `keep` says
 
-Tensors = dict[str, dict[str, Tensor]]  # file stem -> name -> tensor
+Tensors = dict[str, dict[str, "Tensor"]]  # file stem -> name -> tensor
 Documents = dict[str, dict]  # file stem -> JSON object
 
 
@@ -71,6 +72,8 @@ def save(directory: Path, step: int, tensors: Tensors, documents: Documents, *, 
 
 def load(path: Path) -> tuple[Tensors, Documents]:
     """What `save` was given. The checkpoint must be valid: take it from `latest`, or look at `verify` first."""
+    import safetensors.torch
+
     path = Path(path)
     try:
         files = json.loads((path / MANIFEST).read_text())["files"]
@@ -149,6 +152,8 @@ def clean(directory: Path) -> None:
 
 def _contents(tensors: Tensors, documents: Documents):
     """(file name, bytes) one at a time: only one file's bytes are in memory."""
+    import safetensors.torch
+
     for stem, named in tensors.items():
         yield (
             f"{stem}.safetensors",

@@ -1,0 +1,307 @@
+"""`stackbert <command>`: the options are the fields of config.py, checked before anything slow is loaded.
+
+Exit codes: 0 done, 1 failed, 2 bad arguments (one line on stderr, before any work).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import re
+import sys
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+from tyro.conf import FlagCreatePairsOff, OmitArgPrefixes, Positional, Suppress, arg, subcommand
+
+from stackbert_kernels import __version__
+from stackbert_kernels.config import (
+    GROWTH_OPERATORS,
+    ConfigError,
+    DataConfig,
+    ModelConfig,
+    OptimConfig,
+    Stage,
+    TrainConfig,
+    to_dict,
+)
+from stackbert_kernels.plan import cost_table, relative_step_cost
+from stackbert_kernels.recipes import RECIPES, MsltOptions
+from stackbert_kernels.train.checkpoint import CheckpointError
+
+DONE, FAILED, BAD_ARGUMENTS = 0, 1, 2
+
+Texts = Annotated[tuple[str, ...], Positional, arg(metavar="TEXT...")]
+Flag = FlagCreatePairsOff[bool]
+Json = Annotated[Flag, arg(help="Print the result as one JSON object on stdout.")]
+
+
+@dataclass(frozen=True)
+class _Data(DataConfig):
+    text: Texts = field()
+    """Text files, globs, directories, .jsonl with a `text` field, or one prepared directory."""
+
+
+@dataclass(frozen=True)
+class _Text(_Data):
+    """What decides the shards."""
+
+    seq_len: Suppress[int] = 8
+    batch_tokens: Suppress[int] = 8
+    mask_rate: Suppress[float] = DataConfig.mask_rate
+    whole_word: Suppress[bool] = False
+    eval_tokens: Suppress[int] = DataConfig.eval_tokens
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pretrain(TrainConfig):
+    """Pre-train a BERT on text: prepares it, trains by a recipe, writes a transformers checkpoint and a report to --out.
+
+    The same command on an existing run directory goes on where it stopped.
+    """
+
+    out: Annotated[Path, arg(metavar="DIR")]
+    """The run directory."""
+    recipe: Literal[tuple(RECIPES)] = "mslt"
+    """How the encoder grows: mslt (multi-stage layerwise training) or baseline (all layers from the start)."""
+    dry_run: Flag = False
+    """Print stages and predicted cost, then stop."""
+    fresh: Flag = False
+    """Start over: remove what an earlier run wrote to --out."""
+    json: Json = False
+    model: OmitArgPrefixes[ModelConfig]
+    data: OmitArgPrefixes[_Data]
+    optim: OmitArgPrefixes[OptimConfig]
+    stages: Suppress[tuple[Stage, ...]] = ()
+    mslt: MsltOptions = field(default_factory=MsltOptions)
+
+    def __post_init__(self):
+        """Checked by `config`: the recipe may make the stages that these settings need."""
+
+    def config(self) -> TrainConfig:
+        """The configuration that these options name, with the recipe's stages."""
+        settings = {f.name: getattr(self, f.name) for f in fields(TrainConfig)} | {"data": _plain(self.data)}
+        if self.recipe != "mslt" and self.mslt != MsltOptions():
+            raise ConfigError(f"--mslt options need --recipe mslt, got --recipe {self.recipe}")
+        recipe, options = RECIPES[self.recipe]
+        return recipe(TrainConfig(**settings), getattr(self, self.recipe, options()))
+
+
+@dataclass(frozen=True)
+class Prepare:
+    """Turn text into a directory of token shards, which pretrain takes in place of the text."""
+
+    out: Annotated[Path, arg(metavar="DIR")]
+    """The directory to write."""
+    data: OmitArgPrefixes[_Text]
+    workers: int = 0
+    """Threads; 0 = one per CPU."""
+    json: Json = False
+
+
+@dataclass(frozen=True)
+class Doctor:
+    """Show versions, devices and which implementation each op takes and why; runs a 2-second self-test."""
+
+    json: Json = False
+
+
+@dataclass(frozen=True)
+class Grow:
+    """Deepen a transformers BERT: write a checkpoint whose new layers are made of the old ones."""
+
+    source: Annotated[Path, Positional, arg(metavar="IN")]
+    """A transformers directory, such as RUN/model."""
+    out: Annotated[Path, Positional, arg(metavar="OUT")]
+    """The directory to write; it must be new or empty."""
+    layers: int
+    """The new depth."""
+    operator: Literal[GROWTH_OPERATORS] = "stack"
+    """How new layers get their weights: copies (copy_top, stack, interleave), random, or identity (they change nothing at first)."""
+    seed: int = 0
+    """For operators that draw new weights."""
+    json: Json = False
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """Look after checkpoints: verify checks every byte of them against their manifests."""
+
+    action: Positional[Literal["verify"]]
+    """What to do."""
+    directory: Annotated[Path, Positional, arg(metavar="DIR")]
+    """A run directory, its checkpoints folder, or one checkpoint."""
+    json: Json = False
+
+
+Command = (
+    Annotated[Pretrain, subcommand("pretrain")]
+    | Annotated[Prepare, subcommand("prepare")]
+    | Annotated[Doctor, subcommand("doctor")]
+    | Annotated[Grow, subcommand("grow")]
+    | Annotated[Checkpoint, subcommand("checkpoint")]
+)
+DESCRIPTION = f"stackbert {__version__}: pre-train BERT by stacking layers, with fused kernels. `stackbert COMMAND --help` shows the options."
+
+
+def main(arguments: list[str] | None = None) -> int:
+    arguments = sys.argv[1:] if arguments is None else arguments
+    if arguments == ["--version"]:
+        print(f"stackbert {__version__}")
+        return DONE
+    try:
+        command = _parse(arguments)
+        return COMMANDS[type(command)](command)
+    except ConfigError as error:
+        return _complain(error, BAD_ARGUMENTS)
+    except (CheckpointError, OSError) as error:
+        return _complain(error, FAILED)
+    except KeyboardInterrupt:
+        return _complain("interrupted", FAILED)
+
+
+def _parse(arguments: list[str]):
+    """tyro's objects from the arguments; its page about a wrong one becomes a ConfigError of one line."""
+    page = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(page):
+            return tyro.cli(Command, prog="stackbert", description=DESCRIPTION, args=arguments)
+    except SystemExit as end:
+        if not end.code:
+            raise
+    raise ConfigError(_one_line(page.getvalue()))
+
+
+def _one_line(page: str) -> str:
+    """The message of a tyro error box: what precedes its first rule, and the option that it takes for the one meant."""
+    plain = re.sub(r"\x1b\[[0-9;]*m", "", page)
+    rows = [row.strip("│ ") for row in plain.splitlines() if not row.startswith(("╭", "╰"))]
+    rules = [i for i, row in enumerate(rows) if row.startswith("──")]
+    message = " ".join(rows[: rules[0] if rules else None])
+    message = re.sub(r"^Error parsing (__tyro-dummy-inner__\.)?\w+: (?=[a-z_]+[: ])", "", message)
+    message = message.replace("__tyro-dummy-inner__.", "")
+    meant = next(
+        (row.split()[0].rstrip(",") for i, row in enumerate(rows) if row.startswith("--") and i > rules[0]), None
+    )
+    return message + (f"; did you mean {meant}?" if meant and "Unrecognized" in message else "")
+
+
+def _complain(reason: object, code: int) -> int:
+    print(f"stackbert: {' '.join(str(reason).split())}", file=sys.stderr)
+    return code
+
+
+def _print(result: dict) -> None:
+    print(json.dumps(result, indent=1))
+
+
+def _plain(data: DataConfig) -> DataConfig:
+    return DataConfig(**{f.name: getattr(data, f.name) for f in fields(DataConfig)})
+
+
+# Commands. What is slow to load is loaded inside, once everything that can be refused without it has been looked at.
+
+
+def _pretrain(command: Pretrain) -> int:
+    from stackbert_kernels.train.run_directory import check, open_run
+
+    config = command.config()
+    if command.dry_run:
+        config = check(config, command.out, fresh=command.fresh)
+        if command.json:
+            costs = [relative_step_cost(config, stage) for stage in config.stages]
+            _print({"config": to_dict(config), "relative_step_cost": costs})
+        else:
+            print(cost_table(config))
+        return DONE
+    run = open_run(config, command.out, fresh=command.fresh, progress=True)
+    if not run.finished:
+        print(cost_table(run.config), file=sys.stderr)
+
+    from stackbert_kernels.train.loop import execute
+
+    result = execute(run)
+    if command.json:
+        _print(result)
+    else:
+        print(_summary(run.config, result))
+    return FAILED if result["status"] == "failed" else DONE
+
+
+def _summary(config: TrainConfig, result: dict) -> str:
+    lines = [result["message"]]
+    if result["status"] == "finished":
+        lines += ["", cost_table(config, result["stage_seconds"]), ""]
+        lines += [
+            f"held-out loss {result['eval_loss']:.3f} (without context {result['unigram_loss']:.3f}), "
+            f"accuracy {result['eval_accuracy']:.3f} (without context {result['unigram_accuracy']:.3f}) "
+            f"after {result['tokens']:,} tokens in {result['seconds']:.0f} s of training"
+        ]
+        lines += [f"model   {result['model'] or '-'}", f"report  {result['report']}"]
+    return "\n".join(lines)
+
+
+def _prepare(command: Prepare) -> int:
+    from stackbert_kernels.data.prepare import load_manifest, prepare
+
+    directory = prepare(command.data.text, command.out, _plain(command.data), workers=command.workers or None)
+    manifest = load_manifest(directory)
+    result = {"out": str(directory), "vocab_size": manifest["vocab_size"]}
+    result |= {
+        split: {k: v for k, v in counts.items() if k != "shards"} for split, counts in manifest["splits"].items()
+    }
+    if command.json:
+        _print(result)
+    else:
+        train, heldout = result["train"], result["heldout"]
+        print(
+            f"{directory}: {train['tokens']:,} tokens of {train['documents']:,} documents to train on, "
+            f"{heldout['tokens']:,} of {heldout['documents']:,} held out, {result['vocab_size']:,} words"
+        )
+    return DONE
+
+
+def _doctor(command: Doctor) -> int:
+    from stackbert_kernels.doctor import examine
+
+    result = examine()
+    _print(result) if command.json else print(result)
+    return DONE
+
+
+def _grow(command: Grow) -> int:
+    from stackbert_kernels.growth.export import grow_transformers
+
+    out = grow_transformers(command.source, command.out, command.layers, command.operator, seed=command.seed)
+    if command.json:
+        _print({"out": str(out), "layers": command.layers, "operator": command.operator})
+    else:
+        print(f"{out}: {command.layers} layers, grown by {command.operator} from {command.source}")
+    return DONE
+
+
+def _checkpoint(command: Checkpoint) -> int:
+    from stackbert_kernels.train.checkpoint import MANIFEST, saved, verify
+    from stackbert_kernels.train.run_directory import CHECKPOINTS
+
+    directory = command.directory
+    paths = next((p for p in (saved(directory / CHECKPOINTS), saved(directory)) if p), [])
+    if not paths and (directory / MANIFEST).exists():
+        paths = [directory]
+    if not paths:
+        raise ConfigError(
+            f"checkpoint verify needs a run directory, a checkpoints folder or a checkpoint, got {directory}"
+        )
+    problems = {str(path): verify(path) for path in paths}
+    if command.json:
+        _print(problems)
+    else:
+        for path, found in problems.items():
+            print("\n".join(f"{path}: {problem}" for problem in found) or f"{path}: whole")
+    return FAILED if any(problems.values()) else DONE
+
+
+COMMANDS = {Pretrain: _pretrain, Prepare: _prepare, Doctor: _doctor, Grow: _grow, Checkpoint: _checkpoint}

@@ -1,0 +1,386 @@
+"""The loop: it executes what plan.py decided, saves what a restart needs, and logs what happened.
+
+Everything that is random is a pure function of the seed and the step (batches, masks, dropout, new layers), so the state of a run is
+its parameters, the optimizer's moments and a few numbers; going on from it is bitwise the same as never having stopped.
+"""
+
+from __future__ import annotations
+
+import math
+import signal
+import statistics
+import threading
+import time
+from contextlib import closing, contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from stackbert_kernels import ops
+from stackbert_kernels.config import ConfigError, TrainConfig, differences, from_dict, to_dict
+from stackbert_kernels.data.batches import Batch, Batches, heldout
+from stackbert_kernels.growth.apply import grow
+from stackbert_kernels.model.bert import Bert
+from stackbert_kernels.plan import Span, flops_per_token, plan, relative_step_cost
+from stackbert_kernels.train import checkpoint
+from stackbert_kernels.train.console import Console
+from stackbert_kernels.train.export import export, exportable, exported
+from stackbert_kernels.train.optim import AdamW
+from stackbert_kernels.train.report import write_report
+from stackbert_kernels.train.run_directory import REPORT, Metrics, Run, cut_metrics, open_run, read_metrics
+
+TIMED_STEPS = 200
+"""The median of so many last steps of a stage is its measured time."""
+
+
+@dataclass
+class State:
+    """What a run has done so far; with parameters and moments, all that going on needs."""
+
+    step: int = 0
+    tokens: int = 0
+    flops: float = 0.0
+    seconds: float = 0.0
+    """Of training and growth; evaluation, saving and preparation are not in it."""
+    skipped: int = 0
+    skipped_in_row: int = 0
+    since_log: dict[str, float] = field(
+        default_factory=lambda: {"loss": 0.0, "steps": 0, "tokens": 0, "seconds": 0.0, "skipped": 0}
+    )
+    stage_seconds: list[list[float]] = field(default_factory=list)
+    eval: dict[str, float] = field(default_factory=dict)
+
+
+def train(config: TrainConfig, out: Path | str, *, fresh: bool = False, progress: bool = True) -> dict:
+    """Trains by `config` in the directory `out`, or goes on there. Returns what `execute` does."""
+    return execute(open_run(config, Path(out), fresh=fresh, progress=progress), progress=progress)
+
+
+def execute(run: Run, *, progress: bool = True) -> dict:
+    """Runs to the end, a signal or too many steps without a finite loss.
+
+    Returns status "finished", "stopped" (SIGTERM or SIGINT: saved, goes on by the same command) or "failed", and the figures so far.
+    """
+    if run.finished:
+        return _already_finished(run, progress)
+    config, spans = run.config, plan(run.config)
+    device = _device(config.device)
+    if config.threads:
+        torch.set_num_threads(config.threads)
+    kernels = _kernels(config, device)
+    checkpoint.clean(run.checkpoints)
+
+    model = Bert(config.model, seed=config.seed, device=device, impl=config.impl)
+    optimizer = AdamW(model, config.optim)
+    with Console(config.steps, shown=progress) as console:
+        state = _restore(run, model, optimizer, console)
+        batches = Batches(run.data, config.data, config.model.objective, config.seed)
+        held_out = [batch.to(device) for batch in heldout(run.data, config.data, config.model.objective, config.seed)]
+        stream = batches.prefetch(state.step, config.optim.accumulate)
+        with closing(stream), closing(Metrics(run.metrics)) as metrics, _stop_signals() as stopped_by:
+            for span in spans[_index(spans, state.step) :]:
+                stage, cost = span.stage, flops_per_token(config, span.stage)
+
+                def log(event: str, span: Span = span, **values) -> None:
+                    place = {
+                        "step": state.step,
+                        "stage": span.index,
+                        "depth": span.stage.depth,
+                        "train_from": span.stage.train_from,
+                    }
+                    metrics.append(
+                        event, **place, tokens=state.tokens, flops=state.flops, seconds=state.seconds, **values
+                    )
+
+                if state.step == span.first:
+                    started = time.perf_counter()
+                    if span.grows:
+                        depth, rows = model.depth, grow(model, optimizer, stage, seed=config.seed)
+                    _use(model, optimizer, span)
+                    state.seconds += time.perf_counter() - started
+                    state.stage_seconds.append([])
+                    if span.grows:
+                        log("growth", operator=stage.grow, from_depth=depth, layer_map=rows)
+                    predicted = relative_step_cost(config, stage)
+                    log("stage", name=span.name, steps=stage.steps, predicted_cost=predicted, kernels=kernels)
+                    console.stage(span, len(spans), predicted)
+
+                for step in range(state.step, span.last):
+                    parts = next(stream)
+                    started = time.perf_counter()
+                    lr = span.lr(step)
+                    loss, norm, skipped = _step(model, optimizer, [p.to(device) for p in parts], step, lr, config)
+                    tokens, seconds = sum(p.tokens for p in parts), time.perf_counter() - started
+                    _count(state, span, loss, tokens, cost, seconds, skipped)
+                    console.step(state.step, span, loss, lr, tokens / seconds)
+
+                    if state.step % config.log_every == 0 or state.step == span.last:
+                        log("step", loss=_mean_loss(state), lr=lr, grad_norm=norm, **_interval(state))
+                        console.logged(_mean_loss(state))
+                        state.since_log = State().since_log
+                    failed = state.skipped_in_row >= config.optim.skip_limit
+                    ends = bool(stopped_by) or failed
+                    if state.step % config.eval_every == 0 or state.step == span.last:
+                        state.eval = _evaluate(model, held_out, config, batches)
+                        log("eval", **state.eval)
+                        console.evaluated(state.step, state.eval)
+                    if state.step % config.checkpoint_every == 0 or state.step == span.last or ends:
+                        metrics.sync()
+                        path = _save(run, model, optimizer, state)
+                        log("checkpoint", path=str(path.relative_to(run.directory)))
+                    if failed:
+                        return _failed(run, state, path)
+                    if ends and state.step < config.steps:
+                        return _stopped(run, state, path, stopped_by[0])
+
+            seconds = [statistics.median(s) for s in state.stage_seconds]
+            if exportable(run, console):
+                export(run, model)
+            log("end", **state.eval, stage_seconds=seconds, skipped=state.skipped)
+    write_report(run.directory)
+    return _finished(run, f"finished: {run.directory}")
+
+
+# One step
+
+
+def _step(
+    model: Bert, optimizer: AdamW, parts: list[Batch], step: int, lr: float, config: TrainConfig
+) -> tuple[float, float, bool]:
+    """Loss, gradient norm, and whether the step was skipped because one of them is not finite."""
+    predictions, sequences = max(1, sum(len(p.masked) for p in parts)), sum(p.sequences for p in parts)
+    device = parts[0].input_ids.device
+    total = torch.zeros((), device=device)
+    model.train()
+    optimizer.zero_grad()
+    for i, part in enumerate(parts):
+        rng = ops.new_rng(config.seed, step * config.optim.accumulate + i, device=device)
+        with _precision(config, device):
+            output = model(part, rng=rng)
+        # Each part counts by what it predicts, so that the sum is the mean over the whole batch however it is cut.
+        loss = output.mlm_loss * (len(part.masked) / predictions)
+        if output.pair_loss is not None:
+            loss = loss + output.pair_loss * (part.sequences / sequences)
+        loss.backward()
+        total += loss.detach()
+    norm = optimizer.clip(config.optim.clip)
+    skipped = optimizer.step(lr, loss=total)
+    loss, norm, skipped = torch.stack([total, norm, skipped]).tolist()  # the only wait for the device in a step
+    return loss, norm, skipped > 0
+
+
+def _precision(config: TrainConfig, device: torch.device):
+    return torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16")
+
+
+def _count(state: State, span: Span, loss: float, tokens: int, cost: float, seconds: float, skipped: bool) -> None:
+    state.step += 1
+    state.tokens += tokens
+    state.flops += cost * tokens
+    state.seconds += seconds
+    state.skipped += skipped
+    state.skipped_in_row = state.skipped_in_row + 1 if skipped else 0
+    state.since_log["skipped"] += skipped
+    state.since_log["tokens"] += tokens
+    state.since_log["seconds"] += seconds
+    if math.isfinite(loss):
+        state.since_log["loss"] += loss
+        state.since_log["steps"] += 1
+    state.stage_seconds[span.index] = [*state.stage_seconds[span.index][1 - TIMED_STEPS :], seconds]
+
+
+def _mean_loss(state: State) -> float:
+    return state.since_log["loss"] / state.since_log["steps"] if state.since_log["steps"] else math.nan
+
+
+def _interval(state: State) -> dict:
+    return {
+        "tokens_per_second": state.since_log["tokens"] / state.since_log["seconds"],
+        "skipped": state.since_log["skipped"],
+    }
+
+
+@torch.no_grad()
+def _evaluate(model: Bert, batches: list[Batch], config: TrainConfig, train: Batches) -> dict[str, float]:
+    loss, right, count = 0.0, 0, 0
+    for batch in batches:
+        with _precision(config, batch.input_ids.device):
+            figures = model.evaluate(batch)
+        loss, right, count = loss + float(figures[0]), right + int(figures[1]), count + int(figures[2])
+    return {
+        "eval_loss": loss / max(1, count),
+        "eval_accuracy": right / max(1, count),
+        "unigram_loss": train.unigram_entropy,
+        "unigram_accuracy": train.unigram_accuracy,
+    }
+
+
+# Stages and state
+
+
+def _index(spans: list[Span], step: int) -> int:
+    return next((span.index for span in spans if step < span.last), len(spans))
+
+
+def _use(model: Bert, optimizer: AdamW, span: Span) -> None:
+    stage = span.stage
+    model.use(stage.depth, stage.train_from, stage.embeddings, stage.frozen_dropout)
+    optimizer.set_window(stage)
+
+
+def _save(run: Run, model: Bert, optimizer: AdamW, state: State) -> Path:
+    tensors = {
+        "model": {"bank": model.bank.weights, **model.always_on_parameters()},
+        "optimizer": optimizer.state_dict(),
+    }
+    documents = {"state": asdict(state), "config": to_dict(run.config)}
+    return checkpoint.save(run.checkpoints, state.step, tensors, documents, keep=run.config.keep)
+
+
+def _restore(run: Run, model: Bert, optimizer: AdamW, console: Console) -> State:
+    """Puts the newest valid checkpoint in place, and the log back to where it was then; a new State where there is none."""
+    path = checkpoint.latest(run.checkpoints, warn=console.line)
+    if path is None:
+        if checkpoint.saved(run.checkpoints):
+            raise checkpoint.CheckpointError(
+                f"no checkpoint in {run.checkpoints} is whole; --fresh starts over, nothing was changed"
+            )
+        cut_metrics(run.metrics, None)
+        return State()
+    tensors, documents = checkpoint.load(path)
+    differing = differences(from_dict(documents["config"]), run.config)
+    if differing:
+        raise ConfigError(f"{path} is of another configuration: {'; '.join(differing)} (there -> wanted)")
+    state = State(**documents["state"])
+    if state.step:
+        # A checkpoint at the end of a stage still has that stage's depth and window; the loop then enters the next one.
+        spans = plan(run.config)
+        _use(model, optimizer, spans[_index(spans, state.step - 1)])
+    with torch.no_grad():
+        parameters = {"bank": model.bank.weights, **model.always_on_parameters()}
+        for name, tensor in _matching(tensors["model"], parameters, path).items():
+            parameters[name].copy_(tensor)
+    optimizer.load_state_dict(tensors["optimizer"])
+    if not run.finished:
+        in_log = cut_metrics(run.metrics, state.step)
+        if not in_log:
+            with closing(Metrics(run.metrics)) as metrics:
+                metrics.append(
+                    "checkpoint", step=state.step, tokens=state.tokens, flops=state.flops, seconds=state.seconds
+                )
+        console.line(f"going on from {path.name} of {run.config.steps} steps in {run.directory}")
+    return state
+
+
+def _matching(saved: dict[str, Tensor], parameters: dict[str, Tensor], path: Path) -> dict[str, Tensor]:
+    shapes, wanted = ({n: list(t.shape) for n, t in tensors.items()} for tensors in (saved, parameters))
+    if shapes != wanted:
+        name = min(n for n in shapes.keys() | wanted.keys() if shapes.get(n) != wanted.get(n))
+        raise checkpoint.CheckpointError(f"{path}: {name} must be {wanted.get(name)}, got {shapes.get(name)}")
+    return saved
+
+
+# How a run ends
+
+
+@contextmanager
+def _stop_signals():
+    """A list that the first SIGTERM or SIGINT is put into, so that the step is finished and saved; a second one acts at once."""
+    received: list[str] = []
+    if threading.current_thread() is not threading.main_thread():
+        yield received
+        return
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+
+    def note(number, _):
+        received.append(signal.Signals(number).name)
+        signal.signal(number, signal.SIG_DFL if number == signal.SIGTERM else signal.default_int_handler)
+
+    for number in before:
+        signal.signal(number, note)
+    try:
+        yield received
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _figures(run: Run, state: State) -> dict:
+    return {
+        "out": str(run.directory),
+        "step": state.step,
+        "steps": run.config.steps,
+        "tokens": state.tokens,
+        "flops": state.flops,
+        "seconds": state.seconds,
+        "skipped": state.skipped,
+        **state.eval,
+        "stage_seconds": [statistics.median(s) for s in state.stage_seconds],
+    }
+
+
+def _stopped(run: Run, state: State, path: Path, by: str) -> dict:
+    message = f"stopped by {by} after step {state.step} of {run.config.steps}, saved in {path}; the same command goes on from there"
+    return {"status": "stopped", "message": message, **_figures(run, state)}
+
+
+def _failed(run: Run, state: State, path: Path) -> dict:
+    message = (
+        f"stopped at step {state.step}: {state.skipped_in_row} steps in a row had a loss or gradient that is not finite; "
+        f"parameters from before them are saved in {path}; a lower --lr in another --out may help"
+    )
+    return {"status": "failed", "message": message, **_figures(run, state)}
+
+
+def _already_finished(run: Run, progress: bool) -> dict:
+    """Makes up for what could not be written then: transformers may have been installed since."""
+    with Console(run.config.steps, shown=progress) as console:
+        if not exported(run) and exportable(run, console):
+            model = Bert(run.config.model, device=torch.device("cpu"))
+            _restore(run, model, AdamW(model, run.config.optim), console)
+            export(run, model)
+    if not (run.directory / REPORT).exists():
+        write_report(run.directory)
+    return _finished(run, f"this run was already finished: {run.directory}")
+
+
+def _finished(run: Run, message: str) -> dict:
+    end = next(event for event in reversed(read_metrics(run.metrics)) if event["event"] == "end")
+    figures = {name: value for name, value in end.items() if name not in ("event", "stage", "depth", "train_from")}
+    return {
+        "status": "finished",
+        "message": message,
+        "out": str(run.directory),
+        "steps": run.config.steps,
+        **figures,
+        "model": str(run.model) if exported(run) else None,
+        "report": str(run.directory / REPORT),
+    }
+
+
+# What runs
+
+
+def _device(wanted: str) -> torch.device:
+    if wanted == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = torch.device(wanted)
+    seen = torch.cuda.device_count()
+    if device.type == "cuda" and (device.index or 0) >= seen:
+        raise ConfigError(
+            f"device must be one that torch can use, got {wanted}: torch {torch.__version__} sees {seen} CUDA devices"
+        )
+    return device
+
+
+def _kernels(config: TrainConfig, device: torch.device) -> dict[str, str]:
+    """The concrete implementation of every op, by what the model will hand to it."""
+    dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
+    wide = torch.empty(1, config.model.hidden, dtype=dtype, device=device)
+    samples = {"attention": torch.empty(1, config.model.heads, config.model.head_dim, dtype=dtype, device=device)}
+    try:
+        return {op.name: op.resolve(config.impl, samples.get(op.name, wide)) for op in ops.OPS}
+    except ValueError as error:
+        raise ConfigError(f"impl: {error}") from None
