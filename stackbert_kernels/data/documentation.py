@@ -39,27 +39,17 @@ SHORTEST_DOCUMENT = 12
 
 BULLET = re.compile(r"^(?:[-*+•]|\d{1,2}[.)]|#\.)\s+")
 UNDERLINE = re.compile(r"^([=\-~^*#+\"'`.:_])\1{2,}\s*$")
-# `name : type`, `name (type, optional):` text, `name: text`, `:param name: text`, `@param ...`
+# `name (type, optional): text`, `name: text`, `first, second: text`
 PARAMETER = re.compile(
     r"^[*`]*[A-Za-z_][\w.*]*(?:`*,\s*[*`]*[\w.*]+)*`*\s*(?:\([^()]*(?:\([^()]*\)[^()]*)*\)\s*:|:(?=\s|$)|\s:(?=\s|$))\s*"
 )
 TYPED = re.compile(r"^[*`]*[A-Za-z_][\w.*, `/]* : \S")  # numpy's `name : type`, whose description follows indented
 FIELD = re.compile(r"^:(?:param|type|arg|returns?|rtype|raises|keyword|ivar|attr)\b[^:]*:\s*")
 DIRECTIVE = re.compile(r"^\.\.\s+(?:([\w-]+)::|_|\[|\|)?\s*(.*)$")
-PROSE_DIRECTIVES = {
-    "note",
-    "warning",
-    "important",
-    "tip",
-    "caution",
-    "attention",
-    "hint",
-    "versionadded",
-    "versionchanged",
-    "deprecated",
-}
+NOTES = {"note", "warning", "important", "tip", "caution", "attention", "hint"}  # directives whose text is prose
 SECTIONS = re.compile(
-    r"^(?:Args?|Arguments|Parameters|Returns?|Yields?|Raises|Examples?|Note|Notes|Warning|Keyword [Aa]rg\w*|Attributes|Inputs?|Outputs?|Shape|References|See [Aa]lso|Usage|Todo|TODO|Tip|Warnings)s?\s*:*$"
+    r"^(?:Arg|Argument|Parameter|Return|Yield|Raise|Example|Note|Warning|Keyword [Aa]rg\w*|Attribute|Input|Output|Shape|Reference"
+    r"|See [Aa]lso|Usage|T[Oo][Dd][Oo]|Tip)s?\s*:*$"
 )
 INLINE = (
     (re.compile(r"\[([^\]]+)\]\([^)]*\)"), r"\1"),  # [text](link)
@@ -241,10 +231,10 @@ def _blocks(lines: list[str]) -> Iterator[str]:
         directive = DIRECTIVE.match(bare) if bare.startswith("..") else None
         if directive:
             yield from _joined(block)
-            if directive[1] not in PROSE_DIRECTIVES:
+            if directive[1] not in NOTES:
                 literal = depth
-            elif directive[1] in ("note", "warning", "important", "tip"):
-                block, indent = [directive[2]] if directive[2] else [], depth
+            elif directive[2]:
+                block, indent, in_item = [directive[2]], depth, False
             continue
         if SECTIONS.match(bare):
             yield from _joined(block)
