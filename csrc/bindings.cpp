@@ -7,6 +7,7 @@
 #include <string>
 #include <vector>
 
+#include "attention/attention.h"
 #include "common/architectures.h"
 #include "common/device.h"
 #include "common/isa.h"
@@ -81,6 +82,45 @@ py::dict build_info() {
 #endif
   return info;
 }
+using Rows = std::tuple<Address, int64_t, int64_t, int64_t>;  // address, strides of sequence, token, head
+
+HeadRows head_rows(const Rows& x) { return {pointer(std::get<0>(x)), std::get<1>(x), std::get<2>(x), std::get<3>(x)}; }
+
+// Checks and gathers attention's arguments; false where there is nothing to do.
+bool attention_arguments(Attention& a, const Rows& q, const Rows& k, const Rows& v, const Rows& out, const Rows& lse, Address seqlens,
+                         Address order, bool packed, int64_t tokens, int64_t sequences, int64_t max_seqlen, int64_t heads,
+                         int64_t head_dim, int dtype, float scale, Address rng, uint32_t site, int threshold, Address scratch,
+                         int threads) {
+  check_sizes("attention", {tokens, sequences, max_seqlen, heads});
+  check_threshold("attention", threshold);
+  if (head_dim < 1 || head_dim > kMaxHeadDim)
+    throw std::invalid_argument("attention: head_dim must be in 1.." + std::to_string(kMaxHeadDim) + ", got " + std::to_string(head_dim));
+  if (threads < 1) throw std::invalid_argument("attention: threads must be >= 1, got " + std::to_string(threads));
+  const DType type = cpu_dtype("attention", dtype);
+  if (sequences == 0 || heads == 0 || tokens == 0) return false;
+  check_addresses("attention", {std::get<0>(q), std::get<0>(k), std::get<0>(v), std::get<0>(out), seqlens, order, rng});
+  if (max_seqlen > 0) check_addresses("attention", {scratch});
+  const int32_t *lengths = pointer<const int32_t>(seqlens), *turns = pointer<const int32_t>(order);
+  for (int64_t b = 0; b < sequences; ++b) {
+    const int64_t start = packed ? lengths[b] : 0, end = packed ? lengths[b + 1] : lengths[b];
+    if (start < 0 || end < start || end > tokens || end - start > max_seqlen)
+      throw std::invalid_argument("attention: sequence " + std::to_string(b) + " must lie in " + std::to_string(tokens) +
+                                  " tokens and be no longer than " + std::to_string(max_seqlen) + ", got " + std::to_string(start) +
+                                  " to " + std::to_string(end));
+    if (turns[b] < 0 || turns[b] >= sequences)
+      throw std::invalid_argument("attention: order must name sequences, got " + std::to_string(turns[b]));
+  }
+  a = {head_rows(q), head_rows(k), head_rows(v), head_rows(out), pointer<float>(std::get<0>(lse)), std::get<1>(lse), std::get<3>(lse),
+       lengths, turns, packed, sequences, max_seqlen, heads, head_dim, type, scale, pointer<const int64_t>(rng), site, threshold,
+       pointer<float>(scratch), threads};
+  return true;
+}
+
+#define ATTENTION_ARGUMENTS                                                                                                      \
+  py::arg("q"), py::arg("k"), py::arg("v"), py::arg("out"), py::arg("lse"), py::arg("seqlens"), py::arg("order"),                \
+      py::arg("packed"), py::arg("tokens"), py::arg("sequences"), py::arg("max_seqlen"), py::arg("heads"), py::arg("head_dim"),  \
+      py::arg("dtype"), py::arg("scale"), py::arg("rng"), py::arg("site"), py::arg("threshold"), py::arg("scratch"),             \
+      py::arg("threads"), py::call_guard<py::gil_scoped_release>()
 
 }  // namespace
 
@@ -148,4 +188,32 @@ PYBIND11_MODULE(_C, m) {
       },
       py::arg("bank"), py::arg("row_bytes"), py::arg("row_stride"), py::arg("map"), py::arg("device"), py::arg("stream"));
 #endif
+
+  m.def("attention_scratch", &attention_scratch, "Floats of scratch each thread needs.", py::arg("max_seqlen"), py::arg("head_dim"),
+        py::arg("backward"));
+  m.def(
+      "attention_forward",
+      [](const Rows& q, const Rows& k, const Rows& v, const Rows& out, const Rows& lse, Address seqlens, Address order, bool packed,
+         int64_t tokens, int64_t sequences, int64_t max_seqlen, int64_t heads, int64_t head_dim, int dtype, float scale, Address rng,
+         uint32_t site, int threshold, Address scratch, int threads) {
+        Attention a;
+        if (attention_arguments(a, q, k, v, out, lse, seqlens, order, packed, tokens, sequences, max_seqlen, heads, head_dim, dtype,
+                                scale, rng, site, threshold, scratch, threads))
+          attention_forward(a);
+      },
+      ATTENTION_ARGUMENTS);
+  m.def(
+      "attention_backward",
+      [](const Rows& dout, const Rows& dq, const Rows& dk, const Rows& dv, const Rows& q, const Rows& k, const Rows& v, const Rows& out,
+         const Rows& lse, Address seqlens, Address order, bool packed, int64_t tokens, int64_t sequences, int64_t max_seqlen,
+         int64_t heads, int64_t head_dim, int dtype, float scale, Address rng, uint32_t site, int threshold, Address scratch,
+         int threads) {
+        Attention a;
+        if (!attention_arguments(a, q, k, v, out, lse, seqlens, order, packed, tokens, sequences, max_seqlen, heads, head_dim, dtype,
+                                 scale, rng, site, threshold, scratch, threads))
+          return;
+        check_addresses("attention", {std::get<0>(dout), std::get<0>(dq), std::get<0>(dk), std::get<0>(dv), std::get<0>(lse)});
+        attention_backward({a, head_rows(dout), head_rows(dq), head_rows(dk), head_rows(dv)});
+      },
+      py::arg("dout"), py::arg("dq"), py::arg("dk"), py::arg("dv"), ATTENTION_ARGUMENTS);
 }

@@ -72,28 +72,39 @@ inline void row_bytes(PhiloxKey key, int64_t token, int64_t first, uint8_t* byte
 #endif
 }
 
-// Bytes of keys [first, first + 16 * kLanes) of one query; first must be a multiple of 64.
-constexpr int kAttentionBytes = 16 * kLanes;
-inline void attention_bytes(PhiloxKey key, uint32_t sequence, uint32_t head, uint32_t query, int64_t first, uint8_t* bytes) {
-  Words c[4] = {lane_numbers() + static_cast<uint32_t>(first / 16), Words{} + query, Words{} + head, Words{} + sequence};
-  philox(key, c);
-  // Four neighbouring lanes (t = 0..3) of word w hold keys 16w .. 16w + 15: the low halves the first eight, the high halves the rest.
-  for (int group = 0; group < kLanes / 4; ++group)
-    for (int word = 0; word < 4; ++word) {
-#if defined(__AVX512F__) || defined(__AVX2__)
-      __m128i part;
-      std::memcpy(&part, reinterpret_cast<const char*>(&c[word]) + 16 * group, 16);
-      part = _mm_shuffle_epi8(part, _mm_setr_epi8(0, 1, 4, 5, 8, 9, 12, 13, 2, 3, 6, 7, 10, 11, 14, 15));
-      std::memcpy(bytes + 64 * group + 16 * word, &part, 16);
-#else
-      for (int t = 0; t < 4; ++t) {
-        const uint32_t bits = c[word][4 * group + t];
-        const uint16_t low = static_cast<uint16_t>(bits), high = static_cast<uint16_t>(bits >> 16);
-        std::memcpy(bytes + 64 * group + 16 * word + 2 * t, &low, 2);
-        std::memcpy(bytes + 64 * group + 16 * word + 8 + 2 * t, &high, 2);
-      }
-#endif
+// Bytes of keys [0, 64 * blocks) of queries [query, query + kMaskQueries), a query after the other.
+constexpr int kMaskQueries = 4;
+inline void attention_bytes(PhiloxKey key, uint32_t sequence, uint32_t head, uint32_t query, uint32_t blocks, uint8_t* bytes) {
+  uint32_t block = 0;
+  for (int64_t group = 0; group < kMaskQueries * static_cast<int64_t>(blocks); group += kLanes / 4) {
+    // Four neighbouring lanes, t = 0..3, draw for the 64 keys of a block: short sequences share a call.
+    uint32_t counter[kLanes], queries[kLanes];
+    for (int lane = 0; lane < kLanes; lane += 4) {
+      for (int t = 0; t < 4; ++t) counter[lane + t] = 4 * block + t, queries[lane + t] = query;
+      if (++block == blocks) block = 0, ++query;
     }
+    Words c[4] = {Words{}, Words{}, Words{} + head, Words{} + sequence};
+    std::memcpy(&c[0], counter, sizeof c[0]);
+    std::memcpy(&c[1], queries, sizeof c[1]);
+    philox(key, c);
+    // Word w of the four lanes holds keys 16w .. 16w + 15: the low halves the first eight, the high halves the rest.
+    for (int part = 0; part < kLanes / 4; ++part, bytes += 64)
+      for (int word = 0; word < 4; ++word) {
+#if defined(__AVX512F__) || defined(__AVX2__)
+        __m128i lanes;
+        std::memcpy(&lanes, reinterpret_cast<const char*>(&c[word]) + 16 * part, 16);
+        lanes = _mm_shuffle_epi8(lanes, _mm_setr_epi8(0, 1, 4, 5, 8, 9, 12, 13, 2, 3, 6, 7, 10, 11, 14, 15));
+        std::memcpy(bytes + 16 * word, &lanes, 16);
+#else
+        for (int t = 0; t < 4; ++t) {
+          const uint32_t bits = c[word][4 * part + t];
+          const uint16_t low = static_cast<uint16_t>(bits), high = static_cast<uint16_t>(bits >> 16);
+          std::memcpy(bytes + 16 * word + 2 * t, &low, 2);
+          std::memcpy(bytes + 16 * word + 8 + 2 * t, &high, 2);
+        }
+#endif
+      }
+  }
 }
 
 // x * scale where byte >= threshold, 0 elsewhere.

@@ -11,7 +11,9 @@ from torch import Tensor
 
 from stackbert_kernels.ops import _library as library
 from stackbert_kernels.ops import philox
-from stackbert_kernels.ops.attention import reference
+from stackbert_kernels.ops.attention import native, reference
+
+MAX_HEAD_DIM = 256  # csrc/attention/attention.h
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor, seqlens: Tensor, max_seqlen: int) -> None:
@@ -80,19 +82,19 @@ def _qkv_on_cpu(forward):
 
 
 FORWARD = {
-    "cpu": {"reference": _on_cpu(reference.forward)},
+    "cpu": {"reference": _on_cpu(reference.forward), "native": _on_cpu(native.forward)},
     "cuda": {"reference": reference.forward},
 }
 BACKWARD = {
-    "cpu": {"reference": reference.backward},
+    "cpu": {"reference": reference.backward, "native": native.backward},
     "cuda": {"reference": reference.backward},
 }
 QKV_FORWARD = {
-    "cpu": {"reference": _qkv_on_cpu(reference.qkv_forward)},
+    "cpu": {"reference": _qkv_on_cpu(reference.qkv_forward), "native": _qkv_on_cpu(native.qkv_forward)},
     "cuda": {"reference": reference.qkv_forward},
 }
 QKV_BACKWARD = {
-    "cpu": {"reference": reference.qkv_backward},
+    "cpu": {"reference": reference.qkv_backward, "native": native.qkv_backward},
     "cuda": {"reference": reference.qkv_backward},
 }
 
@@ -121,7 +123,15 @@ def _fake_qkv_backward(dout, qkv, *rest):
 
 
 SETTINGS = "Tensor seqlens, int max_seqlen, float scale, Tensor rng, int site, int threshold"
-OP = library.Op("attention", FORWARD, library.only_dtypes)
+
+
+def _why_not(impl: str, q: Tensor) -> str | None:
+    if impl == "native" and q.shape[-1] > MAX_HEAD_DIM:
+        return f"native takes head dimensions up to {MAX_HEAD_DIM}, got {q.shape[-1]}"
+    return library.only_dtypes(impl, q)
+
+
+OP = library.Op("attention", FORWARD, _why_not)
 _attention_fwd = library.define(
     f"attention_fwd(Tensor q, Tensor k, Tensor v, {SETTINGS}, bool with_lse, str impl) -> (Tensor, Tensor)",
     FORWARD,

@@ -1,0 +1,333 @@
+"""attention: the reference against torch in float64, the kernels against the reference, masks bit for bit, padding never read."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from oracle import assert_as_accurate_as_torch
+
+from stackbert_kernels import ops
+from stackbert_kernels.ops import philox
+from stackbert_kernels.ops.attention import native
+from stackbert_kernels.ops.attention import op as attention_op
+from stackbert_kernels.ops.attention.native import _rows
+
+# Nothing, one token, less than a vector of scores more than two, a panel of keys, one more, several query blocks, a rest of rows.
+LENGTHS = (0, 1, 37, 64, 65, 128, 200)
+HEAD_DIMS = (16, 32, 64, 80, 128)
+
+
+def cumulative(lengths) -> Tensor:
+    return torch.tensor((0, *lengths)).cumsum(0).to(torch.int32)
+
+
+def qkv_of(lengths, heads: int, head_dim: int, dtype=torch.float64, seed: int = 0) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(sum(lengths), 3, heads, head_dim, dtype=torch.float64, generator=generator).to(dtype)
+
+
+def by_torch(
+    q: Tensor, k: Tensor, v: Tensor, lengths, p: float = 0.0, rng: Tensor | None = None, site: int = 0
+) -> Tensor:
+    """Packed [T, H, D], a sequence at a time; the mask, where there is one, from ops.philox."""
+    out, start = [], 0
+    for b, length in enumerate(lengths):
+        rows = [x[start : start + length].transpose(0, 1) for x in (q, k, v)]
+        start += length
+        if p == 0:
+            y = F.scaled_dot_product_attention(*rows)
+        else:
+            kept = philox.attention_bytes(rng, site, b, q.shape[1], length, length) >= round(256 * p)
+            factors = kept.to(q.dtype) * philox.scale(round(256 * p))
+            y = torch.softmax(rows[0] @ rows[1].transpose(1, 2) * q.shape[-1] ** -0.5, -1) * factors @ rows[2]
+        out.append(y.transpose(0, 1))
+    return torch.cat(out)
+
+
+def with_gradient(function, x: Tensor, dy: Tensor) -> tuple[Tensor, Tensor]:
+    x = x.detach().requires_grad_()
+    y = function(x)
+    return y.detach(), torch.autograd.grad(y, x, dy.to(y.dtype))[0]
+
+
+@pytest.mark.parametrize("p", [0.0, 0.1])
+def test_reference_is_torchs_attention_in_float64(p):
+    lengths, rng = (0, 5, 1, 33), ops.new_rng(3, 4)
+    qkv, cu = qkv_of(lengths, 2, 8), cumulative(lengths)
+    dy = torch.randn(sum(lengths), 2, 8, dtype=torch.float64)
+    ours, dours = with_gradient(
+        lambda x: ops.attention_qkv_varlen(x, cu, 40, dropout_p=p, rng=rng, site=5, impl="reference"), qkv, dy
+    )
+    torchs, dtorchs = with_gradient(lambda x: by_torch(*x.unbind(1), lengths, p, rng, 5), qkv, dy)
+    torch.testing.assert_close(ours, torchs, rtol=1e-12, atol=1e-12)  # float64 rounding of 33 terms
+    torch.testing.assert_close(dours, dtorchs, rtol=1e-12, atol=1e-12)
+
+
+def test_gradcheck():
+    rng = ops.new_rng(1)
+    lengths = torch.tensor([0, 1, 4], dtype=torch.int32)
+    x = torch.randn(3, 5, 2, 3, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(
+        lambda q, k, v: ops.attention(q, k, v, lengths, dropout_p=0.3, rng=rng, scale=0.7, impl="reference"),
+        tuple(y.clone().detach().requires_grad_() for y in (x, 2 * x, x.sin())),
+    )
+    packed = torch.randn(5, 3, 2, 3, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(
+        lambda y: ops.attention_qkv_varlen(y, cumulative((0, 1, 4)), 6, dropout_p=0.3, rng=rng, impl="reference"),
+        packed,
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("head_dim", "p"), [*((d, 0.0) for d in HEAD_DIMS), (64, 0.1)])
+def test_native_is_as_accurate_as_torch(head_dim, p, dtype):
+    rng, cu = ops.new_rng(2**35 + 1, 9), cumulative(LENGTHS)
+    qkv = qkv_of(LENGTHS, 2, head_dim, dtype)
+    dy = torch.randn(len(qkv), 2, head_dim).to(dtype)
+
+    def ours(impl):
+        return lambda x: ops.attention_qkv_varlen(x, cu, 200, dropout_p=p, rng=rng, site=7, impl=impl)
+
+    exact, dexact = with_gradient(ours("reference"), qkv.double(), dy.double())
+    baseline, dbaseline = with_gradient(lambda x: by_torch(*x.unbind(1), LENGTHS, p, rng, 7), qkv, dy)
+    actual, dactual = with_gradient(ours("native"), qkv, dy)
+    assert_as_accurate_as_torch("out", actual, exact, baseline)
+    for i, name in enumerate(("dq", "dk", "dv")):
+        assert_as_accurate_as_torch(name, dactual[:, i], dexact[:, i], dbaseline[:, i], slack=3.0)
+
+
+def test_scale_and_odd_head_dimensions():
+    """Dimensions that end inside a vector, with a scale that is no power of two."""
+    for head_dim in (1, 5, 72, 256):
+        qkv, cu = qkv_of((3, 70), 1, head_dim, torch.float32), cumulative((3, 70))
+        dy = torch.randn(73, 1, head_dim)
+        run = {
+            impl: with_gradient(
+                lambda x, i=impl: ops.attention_qkv_varlen(x, cu, 70, scale=0.3, impl=i), x, dy.to(x.dtype)
+            )
+            for impl, x in (("native", qkv), ("reference", qkv.double()))
+        }
+        for ours, exact in zip(run["native"], run["reference"], strict=True):
+            torch.testing.assert_close(ours.double(), exact, rtol=0, atol=2e-5 * exact.abs().max().item())
+
+
+@pytest.mark.parametrize("impl", ["reference", "native"])
+def test_large_scores_do_not_overflow(impl):
+    x = torch.randn(1, 40, 2, 16) * 100
+    y, exact = ops.attention(x, x, x, impl=impl), ops.attention(*[x.double()] * 3, impl="reference")
+    torch.testing.assert_close(y.double(), exact, rtol=1e-3, atol=1e-3)  # scores near 4e4, whose fp32 ulp is 4e-3
+
+
+@pytest.mark.parametrize("impl", ["reference", "native"])
+def test_masks_are_those_of_the_contract(impl):
+    """With q = k = 0 each probability is 1 / S, and one-hot values spread a row of them over the output."""
+    length, heads, head_dim, p = 201, 2, 64, 0.3
+    rng, site = ops.new_rng(2**41 + 3, 2**34 + 1), 2**31 + 5
+    cu = cumulative((7, length))
+    seen = torch.zeros(heads, length, length, dtype=torch.bool)
+    for first in range(0, length, head_dim):
+        qkv = torch.zeros(7 + length, 3, heads, head_dim)
+        keys = torch.arange(first, min(first + head_dim, length))
+        qkv[7 + keys, 2, :, keys - first] = 1
+        y = ops.attention_qkv_varlen(qkv, cu, length, dropout_p=p, rng=rng, site=site, impl=impl)[7:]
+        seen[:, :, keys] = y.transpose(0, 1)[:, :, : len(keys)] != 0
+    threshold = round(256 * p)
+    assert torch.equal(seen, philox.attention_bytes(rng, site, 1, heads, length, length) >= threshold)
+    torch.testing.assert_close(y.max().item(), philox.scale(threshold) / length, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("impl", ["reference", "native"])
+def test_padded_and_packed_are_the_same(impl, dtype):
+    """Padding holds NaN: one read of it would show. Rows past the length are zero in the output and in the gradients."""
+    rng, heads, head_dim, longest = ops.new_rng(6), 2, 32, 130
+    lengths = (130, 0, 1, 67)
+    qkv, cu = qkv_of(lengths, heads, head_dim, dtype), cumulative(lengths)
+    dy = torch.randn(len(qkv), heads, head_dim).to(dtype)
+    inside = torch.arange(longest) < torch.tensor(lengths)[:, None]
+    padded, dy_padded = (
+        torch.full((len(lengths), longest, *x.shape[1:]), float("nan"), dtype=dtype) for x in (qkv, dy)
+    )
+    padded[inside], dy_padded[inside] = qkv, dy
+
+    packed = with_gradient(
+        lambda x: ops.attention_qkv_varlen(x, cu, longest, dropout_p=0.1, rng=rng, impl=impl), qkv, dy
+    )
+    seqlens = torch.tensor(lengths, dtype=torch.int32)
+    spread = with_gradient(
+        lambda x: ops.attention(*x.unbind(2), seqlens, dropout_p=0.1, rng=rng, impl=impl), padded, dy_padded
+    )
+    for a, b in zip(packed, spread, strict=True):
+        assert torch.equal(b[inside], a) if impl == "native" else torch.allclose(b[inside], a, rtol=1e-2, atol=1e-2)
+        assert (b[~inside] == 0).all()
+
+
+@pytest.mark.parametrize("impl", ["reference", "native"])
+def test_strides_do_not_matter_and_nothing_is_copied(impl, monkeypatch):
+    qkv, cu = qkv_of((20, 50), 3, 16, torch.float32), cumulative((20, 50))
+    views = qkv.unbind(1)
+    expected = ops.attention_varlen(*(x.contiguous() for x in views), cu, 50, impl=impl)
+    last_strided = [x.transpose(1, 2).contiguous().transpose(1, 2) for x in views]
+    assert torch.equal(ops.attention_varlen(*last_strided, cu, 50, impl=impl), expected)
+    heads_first = [x.transpose(0, 1).contiguous().transpose(0, 1) for x in views]
+    if impl == "native":
+        monkeypatch.setattr(Tensor, "contiguous", None)
+    assert torch.equal(ops.attention_varlen(*views, cu, 50, impl=impl), expected)
+    assert torch.equal(ops.attention_varlen(*heads_first, cu, 50, impl=impl), expected)
+
+
+@pytest.mark.parametrize("impl", ["reference", "native"])
+def test_gradients_of_views_and_of_an_expanded_output_gradient(impl):
+    lengths = (9, 30)
+    qkv, cu = qkv_of(lengths, 2, 16, torch.float32).requires_grad_(), cumulative(lengths)
+    (fused,) = torch.autograd.grad(ops.attention_qkv_varlen(qkv, cu, 30, impl=impl).sum(), qkv)
+    (joined,) = torch.autograd.grad(ops.attention_varlen(*qkv.unbind(1), cu, 30, impl=impl).sum(), qkv)
+    assert fused.is_contiguous()
+    torch.testing.assert_close(fused, joined, rtol=1e-5, atol=1e-6)
+
+
+def test_threads_and_repeats_do_not_change_a_bit():
+    lengths = (128, 3, 77, 200, 1)
+    qkv, cu, rng = qkv_of(lengths, 4, 64, torch.float32), cumulative(lengths), ops.new_rng(8)
+    dy = torch.randn(len(qkv), 4, 64)
+    before = torch.get_num_threads()
+    try:
+        results = []
+        for threads in (1, 2, 5, 2):
+            torch.set_num_threads(threads)
+            results.append(
+                with_gradient(lambda x: ops.attention_qkv_varlen(x, cu, 200, dropout_p=0.1, rng=rng), qkv, dy)
+            )
+    finally:
+        torch.set_num_threads(before)
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+def test_writes_stay_inside_the_outputs():
+    """Guard bands of NaN around outputs that are NaN beforehand: the bands survive, the inside does not."""
+    lengths, heads, head_dim = (37, 0, 65), 2, 40
+    qkv, cu, rng = qkv_of(lengths, heads, head_dim, torch.float32), cumulative(lengths), ops.new_rng(0)
+    shapes = {"out": (102, heads, head_dim), "lse": (heads, 102), "dqkv": (102, 3, heads, head_dim)}
+    band = 256
+    buffers = {name: torch.full((torch.Size(s).numel() + 2 * band,), float("nan")) for name, s in shapes.items()}
+    inner = {name: buffers[name][band:-band].view(shape) for name, shape in shapes.items()}
+    q, k, v = qkv.unbind(1)
+    arguments = (q, k, v, inner["out"], inner["lse"], cu, 65, 0.1, rng, 0, 26)
+    native._run(native._C.attention_forward, (), *arguments)
+    dout = torch.randn(102, heads, head_dim)
+    gradients = (_rows(dout), *(_rows(x) for x in inner["dqkv"].unbind(1)))
+    native._run(native._C.attention_backward, gradients, *arguments)
+    for name in shapes:
+        assert torch.isfinite(inner[name]).all(), name
+        assert buffers[name][:band].isnan().all() and buffers[name][-band:].isnan().all(), name
+
+
+def test_no_gradient_stores_no_log_sum_exp(monkeypatch):
+    seen = []
+    forward = attention_op._attention_qkv_fwd
+    monkeypatch.setattr(attention_op, "_attention_qkv_fwd", lambda *a: seen.append(forward(*a)) or seen[-1])
+    qkv, cu = qkv_of((5,), 1, 8, torch.float32), cumulative((5,))
+    plain = ops.attention_qkv_varlen(qkv, cu, 5)
+    with torch.no_grad():
+        ops.attention_qkv_varlen(qkv.clone().requires_grad_(), cu, 5)
+    trained = ops.attention_qkv_varlen(qkv.clone().requires_grad_(), cu, 5)
+    assert [lse.shape for _, lse in seen] == [(0,), (0,), (1, 5)]
+    assert torch.equal(plain, trained)
+
+
+@pytest.mark.parametrize("impl", ["reference", "native"])
+def test_nothing_to_attend_to(impl):
+    none = torch.zeros(1, dtype=torch.int32)
+    x = torch.empty(0, 3, 2, 8, requires_grad=True)
+    y = ops.attention_qkv_varlen(x, none, 0, impl=impl)
+    assert y.shape == (0, 2, 8)
+    assert torch.autograd.grad(y.sum(), x)[0].shape == x.shape
+    assert ops.attention_qkv_varlen(x, torch.zeros(4, dtype=torch.int32), 5, impl=impl).shape == (0, 2, 8)
+    assert ops.attention(*[torch.empty(0, 4, 2, 8)] * 3, impl=impl).shape == (0, 4, 2, 8)
+    assert ops.attention(*[torch.empty(2, 0, 2, 8)] * 3, impl=impl).shape == (2, 0, 2, 8)
+    assert ops.attention(*[torch.ones(2, 4, 2, 8)] * 3, torch.zeros(2, dtype=torch.int32), impl=impl).eq(0).all()
+
+
+def test_attends_without_lengths_to_everything():
+    q, k, v = torch.randn(3, 2, 20, 4, 16).unbind(0)
+    expected = F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, k, v))).transpose(1, 2)
+    torch.testing.assert_close(ops.attention(q, k, v), expected)
+
+
+@pytest.mark.parametrize("impl", ["reference", "native"])
+def test_opcheck(impl):
+    cu, rng = cumulative((3, 0, 6)), ops.new_rng(1)
+    qkv = qkv_of((3, 0, 6), 2, 8, torch.float32)
+    settings = (cu, 6, 0.4, rng, 1, 26, True, impl)
+    torch.library.opcheck(attention_op._attention_qkv_fwd, (qkv.clone().requires_grad_(), *settings))
+    torch.library.opcheck(
+        attention_op._attention_fwd, (*(x.clone().requires_grad_() for x in qkv.unbind(1)), *settings)
+    )
+    padded = [x.view(3, 3, 2, 8).clone().requires_grad_() for x in qkv.unbind(1)]
+    lengths = torch.tensor([3, 0, 2], dtype=torch.int32)
+    torch.library.opcheck(attention_op._attention_fwd, (*padded, lengths, 3, 0.4, rng, 1, 0, True, impl))
+
+
+def test_compiles_whole():
+    cu, rng = cumulative((3, 6)), ops.new_rng(1)
+
+    def step(x):
+        return ops.attention_qkv_varlen(x, cu, 6, dropout_p=0.1, rng=rng).square()
+
+    qkv = qkv_of((3, 6), 2, 8, torch.float32)
+    dy = torch.ones(9, 2, 8)
+    expected = with_gradient(step, qkv, dy)
+    actual = with_gradient(torch.compile(step, fullgraph=True, backend="aot_eager"), qkv, dy)
+    assert all(torch.equal(a, b) for a, b in zip(actual, expected, strict=True))
+
+
+def int32(*values: int) -> Tensor:
+    return torch.tensor(values, dtype=torch.int32)
+
+
+@pytest.mark.parametrize(
+    ("cu", "max_seqlen", "error", "message"),
+    [
+        (int32(0, 4).long(), 4, TypeError, "cu_seqlens must be int32 on cpu, got torch.int64"),
+        (int32(), 4, ValueError, r"cu_seqlens must be dense \[B \+ 1\], got \[0\]"),
+        (int32(0, 5), 5, ValueError, "cu_seqlens must go from 0 to T = 4, got 0 to 5"),
+        (int32(1, 4), 4, ValueError, "cu_seqlens must go from 0 to T = 4, got 1 to 4"),
+        (int32(0, 3, 2, 4), 4, ValueError, "cu_seqlens must rise by 0 to max_seqlen = 4 each, got 3, 2 at sequence 1"),
+        (int32(0, 4), 3, ValueError, "cu_seqlens must rise by 0 to max_seqlen = 3 each, got 0, 4 at sequence 0"),
+        (int32(0, 4), -1, ValueError, "max_seqlen must be >= 0, got -1"),
+    ],
+)
+@pytest.mark.parametrize("impl", ["reference", "native"])
+def test_bad_cu_seqlens(impl, cu, max_seqlen, error, message):
+    with pytest.raises(error, match=message):
+        ops.attention_varlen(*[torch.ones(4, 2, 8)] * 3, cu, max_seqlen, impl=impl)
+
+
+def test_bad_input():
+    x = torch.ones(1, 4, 2, 8)
+    with pytest.raises(ValueError, match=r"attention: q must be \[B, S, H, D\], got \[4, 2, 8\]"):
+        ops.attention(x[0], x[0], x[0])
+    with pytest.raises(ValueError, match=r"attention_varlen: q must be \[T, H, D\], got \[1, 4, 2, 8\]"):
+        ops.attention_varlen(x, x, x, int32(0, 4), 4)
+    with pytest.raises(ValueError, match=r"attention_qkv_varlen: qkv must be \[T, 3, H, D\], got \[1, 4, 2, 8\]"):
+        ops.attention_qkv_varlen(x, int32(0, 4), 4)
+    with pytest.raises(TypeError, match="q must be floating point, got torch.int64"):
+        ops.attention(x.long(), x, x)
+    with pytest.raises(TypeError, match="k must be torch.float32 on cpu as q is, got torch.bfloat16"):
+        ops.attention(x, x.bfloat16(), x)
+    with pytest.raises(ValueError, match=r"v must be \[1, 4, 2, 8\] as q is, got \[1, 3, 2, 8\]"):
+        ops.attention(x, x, x[:, :3])
+    with pytest.raises(ValueError, match=r"lengths must be in \[0, 4\], got 5"):
+        ops.attention(x, x, x, int32(5))
+    with pytest.raises(ValueError, match=r"lengths must be dense \[1\], got \[2\]"):
+        ops.attention(x, x, x, int32(1, 2))
+    with pytest.raises(ValueError, match="attention: dropout_p must be in"):
+        ops.attention(x, x, x, dropout_p=1.0)
+    with pytest.raises(ValueError, match="native takes head dimensions up to 256, got 257; usable: reference"):
+        ops.attention(*[torch.ones(1, 1, 1, 257)] * 3, impl="native")
+    with pytest.raises(ValueError, match="native takes float32 and bfloat16, got float64"):
+        ops.attention(*[x.double()] * 3, impl="native")
