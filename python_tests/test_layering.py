@@ -17,6 +17,7 @@ EVERYTHING = None
 
 MAY_IMPORT: dict[str, set[str] | None] = {
     "cli": EVERYTHING,
+    "doctor": EVERYTHING,
     "demo": EVERYTHING,
     "compare": {"config", "model", "ops"},
     "patch": {"ops"},

@@ -31,7 +31,7 @@ def step_event(step: int, **changes) -> dict:
     return {
         "event": "step", "step": step, "stage": stage, "depth": known.depth, "train_from": known.train_from, "tokens": step * TOKENS,
         "flops": step * 10**9, "seconds": seconds, "loss": 9 - 0.05 * step, "lr": 1e-3 * (1 - step / 100), "grad_norm": 1.0,
-        "tokens_per_second": TOKENS / STEP_SECONDS[stage], "skipped": False, **changes,
+        "tokens_per_second": TOKENS / STEP_SECONDS[stage], "skipped": 0, **changes,
     }  # fmt: skip
 
 
@@ -143,11 +143,11 @@ def test_losses_that_are_not_numbers(missing, tmp_path):
     lines = [*events(), end_event()]
     for line in lines:
         if line["event"] == "step" and line["step"] in (30, 35):
-            line |= {"loss": missing, "grad_norm": missing, "skipped": True}
+            line |= {"loss": missing, "grad_norm": missing, "skipped": 3}
     lines[-1]["eval_loss"] = missing
     write_report(run_directory(tmp_path, lines))
     page = (tmp_path / "report.html").read_text()
-    assert "2 (loss or gradient not finite)" in page
+    assert "6 (loss or gradient not finite)" in page
     assert "3.9000 nats" in page  # the last evaluation that gave a number
 
 

@@ -89,8 +89,8 @@ def _result(facts: Facts) -> list[tuple[str, str]]:
             rows.append((label, f"{magnitude(value)}{unit}"))
     if (seconds := facts.last("seconds")) is not None:
         rows.append(("Time", duration(seconds)))
-    if skipped := sum(map(was_skipped, facts.steps)):
-        rows.append(("Logged steps skipped", f"{skipped} (loss or gradient not finite)"))
+    if skipped := sum(int(e.get("skipped") or was_skipped(e)) for e in facts.steps):
+        rows.append(("Steps skipped", f"{skipped} (loss or gradient not finite)"))
     return rows or [("", "nothing was logged yet")]
 
 
