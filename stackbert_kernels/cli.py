@@ -156,11 +156,11 @@ def main(arguments: list[str] | None = None) -> int:
         command = _parse(arguments)
         return COMMANDS[type(command)](command)
     except ConfigError as error:
-        return _complain(error, BAD_ARGUMENTS)
+        return complain(error, BAD_ARGUMENTS)
     except (CheckpointError, OSError) as error:
-        return _complain(error, FAILED)
+        return complain(error, FAILED)
     except KeyboardInterrupt:
-        return _complain("interrupted", FAILED)
+        return complain("interrupted", FAILED)
 
 
 def _parse(arguments: list[str]):
@@ -182,14 +182,20 @@ def _one_line(page: str) -> str:
     rules = [i for i, row in enumerate(rows) if row.startswith("──")]
     message = " ".join(rows[: rules[0] if rules else None])
     message = re.sub(r"^Error parsing (__tyro-dummy-inner__\.)?\w+: (?=[a-z_]+[: ])", "", message)
-    message = message.replace("__tyro-dummy-inner__.", "")
+    message = message.replace("__tyro-dummy-inner__.", "").removeprefix("Error parsing ")
+    message = message.replace("invalid literal for int() with base 10:", "wanted a whole number, got")
+    message = message.replace("could not convert string to float:", "wanted a number, got")
     meant = next(
         (row.split()[0].rstrip(",") for i, row in enumerate(rows) if row.startswith("--") and i > rules[0]), None
     )
+    commands = next((row for row in rows if row.startswith("Available subcommands: ")), None)
+    if commands:
+        return f"{message}; commands are {commands.removeprefix('Available subcommands: ')}"
     return message + (f"; did you mean {meant}?" if meant and "Unrecognized" in message else "")
 
 
-def _complain(reason: object, code: int) -> int:
+def complain(reason: object, code: int) -> int:
+    """One line on stderr, and the exit code."""
     print(f"stackbert: {' '.join(str(reason).split())}", file=sys.stderr)
     return code
 
@@ -227,11 +233,12 @@ def _pretrain(command: Pretrain) -> int:
     if command.json:
         _print(result)
     else:
-        print(_summary(run.config, result))
+        print(summary(run.config, result))
     return FAILED if result["status"] == "failed" else DONE
 
 
-def _summary(config: TrainConfig, result: dict) -> str:
+def summary(config: TrainConfig, result: dict) -> str:
+    """What train.loop.execute returned, for a person: the predicted cost of each stage beside the measured one."""
     lines = [result["message"]]
     if result["status"] == "finished":
         lines += ["", cost_table(config, result["stage_seconds"]), ""]

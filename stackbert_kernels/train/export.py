@@ -32,15 +32,16 @@ def exportable(run: Run, console: Console) -> bool:
 
 def export(run: Run, model: Bert) -> None:
     """Writes RUN/model, config.json last."""
-    from transformers import PreTrainedTokenizerFast
+    import transformers
 
     from stackbert_kernels.model.hf import to_transformers
 
     temporary = run.directory / ".model.partial"
     shutil.rmtree(temporary, ignore_errors=True)
+    transformers.logging.disable_progress_bar()
     to_transformers(model).eval().to("cpu").save_pretrained(temporary)
     names = {f"{name.strip('[]').lower()}_token": name for name in SPECIAL}
-    pieces = PreTrainedTokenizerFast(
+    pieces = transformers.PreTrainedTokenizerFast(
         tokenizer_object=tokenizer(run.data), model_max_length=run.config.model.max_position, **names
     )
     pieces.save_pretrained(temporary)

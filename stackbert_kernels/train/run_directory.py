@@ -23,7 +23,7 @@ from stackbert_kernels.data import tokenizer
 from stackbert_kernels.data.prepare import is_prepared, load_manifest, prepare
 from stackbert_kernels.data.text import source_files
 
-CONFIG, DATA, METRICS, CHECKPOINTS, MODEL = "config.json", "data", "metrics.jsonl", "checkpoints", "model"
+CONFIG, DATA, METRICS, CHECKPOINTS, MODEL, TEXT = "config.json", "data", "metrics.jsonl", "checkpoints", "model", "text"
 REPORT, FIGURE = "report.html", "report.png"
 
 
@@ -99,7 +99,7 @@ def _earlier(directory: Path) -> TrainConfig | None:
     try:
         return from_dict(json.loads((directory / CONFIG).read_text(encoding="utf-8")))
     except FileNotFoundError:
-        foreign = sorted(n for n in os.listdir(directory) if n != DATA and not n.startswith("."))
+        foreign = sorted(n for n in os.listdir(directory) if n not in (DATA, TEXT) and not n.startswith("."))
         if foreign:
             raise ConfigError(
                 f"out must be new, empty or a run directory, got {directory} with {foreign[0]} and no {CONFIG}"

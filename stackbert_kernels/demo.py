@@ -1,0 +1,108 @@
+"""python -m stackbert_kernels.demo: pre-trains a small 12-layer BERT by MSLT on the documentation of this machine's Python.
+
+The same code as `stackbert pretrain` with the presets below; the same command goes on, or shows the predictions of a finished run.
+"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import tyro
+
+from stackbert_kernels.cli import BAD_ARGUMENTS, DONE, FAILED, complain, summary
+from stackbert_kernels.config import ConfigError, DataConfig, ModelConfig, OptimConfig, TrainConfig
+from stackbert_kernels.plan import cost_table
+from stackbert_kernels.recipes import MsltOptions, mslt
+from stackbert_kernels.train.checkpoint import CheckpointError
+
+# Many small steps and a high mask rate leave the unigram plateau soonest (specs/common.md, last section).
+CPU = TrainConfig(
+    model=ModelConfig(layers=12, hidden=128, heads=2, max_position=64),
+    data=DataConfig(train_vocab_size=8192, seq_len=64, batch_tokens=512, mask_rate=0.30, eval_tokens=16384),
+    optim=OptimConfig(lr=2e-3, warmup=200),
+    steps=4000,
+    checkpoint_every=500,
+    eval_every=500,
+    log_every=20,
+)
+GPU = TrainConfig(
+    model=ModelConfig(layers=12, hidden=384, heads=6, max_position=128),
+    data=DataConfig(train_vocab_size=16384, seq_len=128, batch_tokens=8192, mask_rate=0.30),
+    optim=OptimConfig(lr=1e-3, warmup=500),
+    steps=10_000,
+    precision="bf16",
+    device="cuda",
+    checkpoint_every=1000,
+    eval_every=1000,
+    log_every=50,
+)
+RECIPE = MsltOptions(stages=4, joint=0.2)
+
+SENTENCES = (
+    "Return the [MASK] of the list.",
+    "Raises a ValueError if the argument is not [MASK].",
+    "This function returns [MASK] if the file exists.",
+    "The default [MASK] is None.",
+    "If the key is not in the [MASK], raise a KeyError.",
+    "The shape of the output [MASK] is the same as the input.",
+)
+
+
+def main() -> int:
+    try:
+        return tyro.cli(run, prog="python -m stackbert_kernels.demo")
+    except ConfigError as error:
+        return complain(error, BAD_ARGUMENTS)
+    except (CheckpointError, OSError) as error:
+        return complain(error, FAILED)
+
+
+def run(out: Path = Path("runs/demo"), fresh: tyro.conf.FlagCreatePairsOff[bool] = False) -> int:
+    """Pre-train a small 12-layer BERT on documentation and look at what it has learned: 2-4 minutes on two CPU cores.
+
+    Args:
+        out: The run directory.
+        fresh: Start over.
+    """
+    import torch
+
+    from stackbert_kernels.data.documentation import documentation
+    from stackbert_kernels.train.loop import execute
+    from stackbert_kernels.train.run_directory import TEXT, open_run
+
+    text = out / TEXT / "documentation.txt"
+    if not text.exists():
+        print(f"gathering the documentation of Python and its packages: {text}", file=sys.stderr)
+        documentation(text)
+    preset = GPU if torch.cuda.is_available() else CPU
+    config = mslt(replace(preset, data=replace(preset.data, text=(str(text),))), RECIPE)
+    opened = open_run(config, out, fresh=fresh)
+    if not opened.finished:
+        print(cost_table(opened.config), file=sys.stderr)
+    result = execute(opened)
+    print(summary(opened.config, result))
+    if result["status"] != "finished":
+        return FAILED if result["status"] == "failed" else DONE
+    if result["model"]:
+        print("\n" + predictions(result["model"]))
+    return DONE
+
+
+def predictions(model: str, sentences: tuple[str, ...] = SENTENCES) -> str:
+    """A table: what transformers' fill-mask pipeline makes of `sentences` with the exported model."""
+    import transformers
+
+    transformers.logging.disable_progress_bar()
+    fill = transformers.pipeline("fill-mask", model=model, device="cpu")
+    rows = []
+    for sentence in sentences:
+        best = fill(sentence, top_k=4)
+        rows.append((sentence, "  ".join(f"{p['token_str'].strip()} {p['score']:.2f}" for p in best)))
+    width = max(len(sentence) for sentence, _ in rows)
+    return "\n".join(f"{sentence:{width}}  {words}" for sentence, words in rows)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
