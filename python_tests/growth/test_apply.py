@@ -248,7 +248,7 @@ def test_lengthening_keeps_the_function():
 
 
 def test_growing_a_directory_refuses_bad_input(tmp_path):
-    with pytest.raises(ConfigError, match="source must be a transformers directory with a config.json"):
+    with pytest.raises(ConfigError, match=r"source must be a transformers directory with a config\.json"):
         grow_transformers(tmp_path, tmp_path / "out", 4, "stack")
     source = tmp_path / "source"
     source.mkdir()

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-
 from model.samples import batch, tiny
+
 from stackbert_kernels import ops
 from stackbert_kernels.config import OptimConfig, Stage
 from stackbert_kernels.train.optim import AdamW
@@ -180,6 +180,12 @@ def test_set_window_wants_the_model_first():
     model, optimizer = make(STAGE_1)
     with pytest.raises(ValueError, match=r"model.use must set the window \[2, 4\) first, got \[0, 2\]"):
         optimizer.set_window(STAGE_2)
+    model.use(4)
+    backward(model, 0)
+    with pytest.raises(
+        ValueError, match=r"set_window must follow model.use; the window is \[0, 4\], the optimizer's \[0, 2\]"
+    ):
+        optimizer.step(1e-2)
 
 
 # --- clipping and skipping ---

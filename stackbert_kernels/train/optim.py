@@ -31,8 +31,8 @@ class AdamW:
 
     Matrices and embeddings decay, biases and norms do not (the recipe of BERT). Only the window and the always-on parameters with
     requires_grad are touched: a frozen row keeps its weights, moments and count bit for bit, and nothing is allocated for an
-    always-on parameter that never learned. A step whose loss or gradient norm is not finite changes nothing, decided on the device without a wait.
-    Made for a model on its final device; call `set_window` after each `model.use`.
+    always-on parameter that never learned. A step whose loss or gradient norm is not finite changes nothing, decided on the device
+    without a wait. Made for a model on its final device; call `set_window` after each `model.use`.
     """
 
     def __init__(self, model: Bert, config: OptimConfig):
@@ -72,6 +72,13 @@ class AdamW:
         for name, parameter in parameters.items():
             if parameter.requires_grad and name not in self.always_on:
                 self.always_on[name] = _no_moments(parameter)
+        self._learning = [(name, p) for name, p in parameters.items() if p.requires_grad]
+        bank, cut = self.model.bank, self.model.bank.decay_size
+        tensors = (bank.weights, bank.grads, self.exp_avg, self.exp_avg_sq)
+        self._window = bank.window
+        rows = range(*bank.window)
+        self._decayed_rows = [(*(t[i, :cut] for t in tensors), self.steps[i]) for i in rows]
+        self._plain_rows = [(*(t[i, cut:] for t in tensors), self.steps[i]) for i in rows]
         self.norm = self._scale = None
 
     def zero_grad(self) -> None:
@@ -80,8 +87,11 @@ class AdamW:
 
     def gradients(self) -> list[Tensor]:
         """Exactly what this stage trains: a dense row a layer of the window, and the always-on gradients that exist."""
-        first, last = self.model.bank.window
-        return [*self.model.bank.grads[first:last].unbind(), *(p.grad for _, p in self._learning())]
+        if self.model.bank.window != self._window:
+            raise ValueError(f"AdamW: set_window must follow model.use; the window is {list(self.model.bank.window)}, "
+                             f"the optimizer's {list(self._window)}")  # fmt: skip
+        first, last = self._window
+        return [*self.model.bank.grads[first:last].unbind(), *(p.grad for _, p in self._learning if p.grad is not None)]
 
     @torch.no_grad()
     def clip(self, max_norm: float) -> Tensor:
@@ -90,9 +100,8 @@ class AdamW:
         The scaling is a factor inside the fused kernel, so it costs no pass over the gradients.
         """
         self.norm = torch.nn.utils.get_total_norm(self.gradients())
-        self._scale = (
-            ((self.norm + 1e-6) / max_norm).clamp_(min=1.0) if max_norm > 0 else None
-        )  # 1e-6 as torch's clip_grad_norm_
+        # 1e-6 as in torch's clip_grad_norm_
+        self._scale = ((self.norm + 1e-6) / max_norm).clamp_(min=1.0) if max_norm > 0 else None
         return self.norm
 
     @torch.no_grad()
@@ -106,16 +115,12 @@ class AdamW:
         skip = (~finite).float()
         taken = 1.0 - skip
 
-        bank, cut = self.model.bank, self.model.bank.decay_size
-        first, last = bank.window
+        first, last = self._window
         self.steps[first:last] += taken
-        rows = [
-            (bank.weights[i], bank.grads[i], self.exp_avg[i], self.exp_avg_sq[i], self.steps[i])
-            for i in range(first, last)
-        ]
-        decayed = [(*(t[:cut] for t in tensors), step) for *tensors, step in rows]
-        plain = [(*(t[cut:] for t in tensors), step) for *tensors, step in rows]
-        for name, parameter in self._learning():
+        decayed, plain = list(self._decayed_rows), list(self._plain_rows)
+        for name, parameter in self._learning:
+            if parameter.grad is None:  # a head that this batch had no labels for
+                continue
             moments = self.always_on[name]
             moments.step.add_(taken)
             group = decayed if parameter.dim() >= 2 else plain
@@ -135,11 +140,6 @@ class AdamW:
             weights, grads, exp_avg, exp_avg_sq, [], steps, lr=lr, beta1=self.config.beta1, beta2=self.config.beta2,
             weight_decay=weight_decay, eps=self.config.eps, amsgrad=False, maximize=False, grad_scale=self._scale, found_inf=skip,
         )  # fmt: skip
-
-    def _learning(self) -> list[tuple[str, Tensor]]:
-        return [
-            (name, p) for name, p in self.model.always_on_parameters().items() if p.requires_grad and p.grad is not None
-        ]
 
     # --- state, by parameter name ---
 
