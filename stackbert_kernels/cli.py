@@ -272,11 +272,11 @@ def _prepare(command: Prepare) -> int:
 
 
 def _doctor(command: Doctor) -> int:
-    from stackbert_kernels.doctor import examine
+    from stackbert_kernels.doctor import doctor, render
 
-    result = examine()
-    _print(result) if command.json else print(result)
-    return DONE
+    report = doctor()
+    _print(report) if command.json else print(render(report))
+    return DONE if report["passed"] else FAILED
 
 
 def _grow(command: Grow) -> int:
