@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from stackbert_kernels import ops
-from stackbert_kernels.ops._library import WHY_NO_NATIVE_CUDA
+from stackbert_kernels.ops._library import _C, WHY_NO_NATIVE_CUDA
 from stackbert_kernels.ops.duplicate_layers.op import _duplicate_layers_
 
 IMPLS = ("reference", "native")
@@ -145,6 +145,15 @@ def test_cuda_is_offered_only_where_it_was_built():
     offered = ops.available()["duplicate_layers_"]
     assert offered["cpu"] == ["native", "reference"]
     assert offered["cuda"] == (["reference"] if WHY_NO_NATIVE_CUDA else ["native", "reference"])
+
+
+@pytest.mark.skipif(
+    bool(WHY_NO_NATIVE_CUDA) or _C.cuda_available(), reason="wants CUDA kernels, and no device for them"
+)
+def test_without_a_driver_the_error_names_the_op_and_the_call():
+    bank = torch.ones(2, 4)
+    with pytest.raises(RuntimeError, match="duplicate_layers_: cudaDeviceGetAttribute failed: cudaError"):
+        _C.duplicate_layers_cuda(bank.data_ptr(), 16, 16, [0, 0], 0, 0)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no CUDA device")
