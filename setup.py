@@ -22,6 +22,7 @@ import subprocess
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 
 from setuptools import Extension, setup
@@ -170,14 +171,13 @@ def _run(*command: str | Path) -> None:
         )
 
 
-def _tool(name: str) -> str:
-    """cmake or ninja: from the Python package of that name, whose folder need not be on PATH, else from PATH."""
+def _tool(name: str, folder: str) -> str:
+    """cmake or ninja: from the Python package of that name, whose `folder` need not be on PATH, else from PATH (an isolated build)."""
     try:
-        package = __import__(name)
+        packaged = getattr(import_module(name), folder)
     except ImportError:
-        found = shutil.which(name)
-    else:
-        found = shutil.which(name, path=package.CMAKE_BIN_DIR if name == "cmake" else package.BIN_DIR)
+        packaged = ""
+    found = shutil.which(name, path=packaged) or shutil.which(name)
     if not found:
         raise BuildError(f"{name} must be on PATH or installed (pip install {name})")
     return found
@@ -196,9 +196,9 @@ class CMakeBuild(build_ext):
         )
         output = Path(self.get_ext_fullpath(ext.name)).parent.resolve()
         build = ROOT / "build" / f"cmake-{sys.implementation.cache_tag}-{self.plat_name}"
-        cmake = _tool("cmake")
+        cmake = _tool("cmake", "CMAKE_BIN_DIR")
         _run(
-            *(cmake, "-S", ROOT, "-B", build, "-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={_tool('ninja')}"),
+            *(cmake, "-S", ROOT, "-B", build, "-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={_tool('ninja', 'BIN_DIR')}"),
             *(f"-DPython_EXECUTABLE={sys.executable}", f"-Dpybind11_DIR={pybind11.get_cmake_dir()}"),
             *cmake_arguments(cuda, os.environ),
         )

@@ -11,6 +11,7 @@ import sys
 import venv
 import zipfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -139,6 +140,23 @@ def test_jobs():
     assert build.jobs({"MAX_JOBS": "3"}) == 3 and build.jobs({}) >= 1
     with pytest.raises(build.BuildError, match="MAX_JOBS must be a number >= 1, got '0'"):
         build.jobs({"MAX_JOBS": "0"})
+
+
+def test_tools_come_from_their_package_or_else_from_path(tmp_path, monkeypatch):
+    """In an isolated build the package is there, but its folder of scripts is another environment's."""
+    for folder in ("package", "path"):
+        (tmp_path / folder).mkdir()
+    (tmp_path / "path" / "ninja").write_text("#!/bin/sh\n")
+    (tmp_path / "path" / "ninja").chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path / "path"))
+    monkeypatch.setattr(build, "import_module", lambda name: SimpleNamespace(BIN_DIR=str(tmp_path / "package")))
+    assert build._tool("ninja", "BIN_DIR") == str(tmp_path / "path" / "ninja")
+    shutil.copy(tmp_path / "path" / "ninja", tmp_path / "package" / "ninja")
+    assert build._tool("ninja", "BIN_DIR") == str(tmp_path / "package" / "ninja")
+    monkeypatch.setenv("PATH", "")
+    (tmp_path / "package" / "ninja").unlink()
+    with pytest.raises(build.BuildError, match="ninja must be on PATH or installed"):
+        build._tool("ninja", "BIN_DIR")
 
 
 @pytest.mark.parametrize(
