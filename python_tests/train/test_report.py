@@ -66,7 +66,7 @@ def events(last: int = 100) -> list[dict]:
 
 def end_event() -> dict:
     return step_event(100) | {
-        "event": "end", "eval_loss": 3.9, "eval_accuracy": 0.1, "stage_seconds": {"0": 0.11, "1": 0.16, "2": 0.22},
+        "event": "end", "eval_loss": 3.9, "eval_accuracy": 0.1, "unigram_accuracy": 0.05, "stage_seconds": {"0": 0.11, "1": 0.16, "2": 0.22},
     }  # fmt: skip
 
 
@@ -87,7 +87,7 @@ def test_a_finished_run(tmp_path):
         "mslt: 4 layers, hidden 64, mlm",
         "Finished: 100 steps in 14.0 s.",
         "3.9000 nats a masked token, perplexity 49.4",
-        "10.00% of the masked tokens",
+        "10.00% of the masked tokens (the most frequent word alone: 5.00%)",
         "6.2500 nats",
         "the held-out loss is 2.35 below",
         "two &lt;b&gt;",

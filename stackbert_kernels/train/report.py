@@ -76,7 +76,9 @@ def _result(facts: Facts) -> list[tuple[str, str]]:
         perplexity = f", perplexity {math.exp(loss):.4g}" if loss < 50 else ""
         rows.append(("Held-out loss", f"{loss:.4f} nats a masked token{perplexity}"))
     if (accuracy := number(source, "eval_accuracy")) is not None:
-        rows.append(("Held-out accuracy", f"{100 * accuracy:.2f}% of the masked tokens"))
+        unigram = number(source, "unigram_accuracy")
+        beside = "" if unigram is None else f" (the most frequent word alone: {100 * unigram:.2f}%)"
+        rows.append(("Held-out accuracy", f"{100 * accuracy:.2f}% of the masked tokens{beside}"))
     if facts.unigram is not None:
         text = f"{facts.unigram:.4f} nats: what knowing only how frequent each word is would give"
         if loss is not None:

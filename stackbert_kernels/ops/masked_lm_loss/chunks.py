@@ -49,7 +49,8 @@ def forward(
     need_dlogits = need_hidden or need_weight or need_bias
     loss = hidden.new_zeros((), dtype=torch.float64)
     dhidden = torch.empty_like(hidden, memory_format=torch.contiguous_format) if need_hidden else hidden.new_empty(0)
-    dweight = torch.zeros(weight.shape if need_weight else 0, dtype=wide, device=weight.device)
+    allocate = torch.empty if hidden.shape[0] else torch.zeros  # the first chunk writes all of it
+    dweight = allocate(weight.shape if need_weight else 0, dtype=wide, device=weight.device)
     dbias = bias.new_zeros(bias.shape if need_bias else 0, dtype=wide)
     # Autocast would change the products' dtype behind the caller's back: it is hidden's.
     with torch.autocast(hidden.device.type, enabled=False):
