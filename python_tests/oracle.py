@@ -17,4 +17,6 @@ def assert_as_accurate_as_torch(name: str, actual: Tensor, exact: Tensor, baseli
         return
     ours, torchs = (actual.double() - exact).abs().max(), (baseline.double() - exact).abs().max()
     ulp = torch.finfo(actual.dtype).eps * exact.abs().max()
-    assert ours <= slack * torchs + ulp, f"{name}: max error {ours:.3e}, PyTorch's is {torchs:.3e} (allowed {slack}x + {ulp:.1e})"
+    assert ours <= slack * torchs + ulp, (
+        f"{name}: max error {ours:.3e}, PyTorch's is {torchs:.3e} (allowed {slack}x + {ulp:.1e})"
+    )

@@ -1,5 +1,5 @@
-// dropout: y = x * keep / keep_rate, element by element, with the row mask of common/philox.h. Its own gradient: dx is the same
-// function of dy. R rows (tokens), C columns, dense.
+// dropout: y = x * keep / keep_rate, element by element, with the row mask of common/philox.h. Its own gradient: dx is
+// the same function of dy. R rows (tokens), C columns, dense.
 #pragma once
 
 #include "common/dtype.h"

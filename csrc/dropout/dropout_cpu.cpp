@@ -1,7 +1,6 @@
-#include "dropout/dropout.h"
-
 #include "common/dropout_mask.h"
 #include "common/parallel.h"
+#include "dropout/dropout.h"
 
 namespace stackbert {
 namespace STACKBERT_ISA {

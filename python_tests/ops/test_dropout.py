@@ -14,6 +14,7 @@ SHAPES = [(1, 1), (3, 7), (5, 16), (4, 255), (9, 256), (7, 257), (130, 768)]
 
 def test_philox_matches_the_published_vectors():
     """Philox4x32 known answers with 7 rounds, from Random123's kat_vectors."""
+
     def words(*values):
         return [torch.tensor(v, dtype=torch.int64) for v in values]
 
@@ -57,7 +58,10 @@ def test_keep_rate_and_mean_are_those_of_the_realised_probability():
 
 def test_masks_differ_by_seed_step_and_site():
     x = torch.ones(64, 64)
-    masks = [ops.dropout(x, 0.5, rng=ops.new_rng(seed, step), site=site) for seed, step, site in [(0, 0, 0), (1, 0, 0), (0, 1, 0), (0, 0, 1)]]
+    masks = [
+        ops.dropout(x, 0.5, rng=ops.new_rng(seed, step), site=site)
+        for seed, step, site in [(0, 0, 0), (1, 0, 0), (0, 1, 0), (0, 0, 1)]
+    ]
     for i, a in enumerate(masks):
         for b in masks[i + 1 :]:
             agree = ((a == 0) == (b == 0)).double().mean().item()

@@ -38,7 +38,9 @@ def dropout_arguments(op: str, p: float, rng: Tensor | None, site: int, device: 
             return 0, torch.empty(2, dtype=torch.int64, device=device)
         return threshold, torch.randint(0, 2**62, (2,), dtype=torch.int64).to(device)
     if rng.dtype != torch.int64 or rng.shape != (2,) or rng.device != device or not rng.is_contiguous():
-        raise ValueError(f"{op}: rng must be a dense int64 [2] tensor on {device}, got {rng.dtype} {list(rng.shape)} on {rng.device}")
+        raise ValueError(
+            f"{op}: rng must be a dense int64 [2] tensor on {device}, got {rng.dtype} {list(rng.shape)} on {rng.device}"
+        )
     return round(256 * p), rng
 
 
@@ -65,7 +67,9 @@ def subkey(rng: Tensor, site: int) -> tuple[Tensor, Tensor]:
 
 def _bytes_of(words: list[Tensor], number: Tensor) -> Tensor:
     """Byte `number` (0..15, little-endian across the four words) of each call."""
-    word = torch.where(number < 8, torch.where(number < 4, words[0], words[1]), torch.where(number < 12, words[2], words[3]))
+    word = torch.where(
+        number < 8, torch.where(number < 4, words[0], words[1]), torch.where(number < 12, words[2], words[3])
+    )
     return (word >> (8 * (number % 4))) & 0xFF
 
 

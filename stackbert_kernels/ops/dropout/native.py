@@ -11,6 +11,14 @@ def dropout(x: Tensor, rng: Tensor, site: int, threshold: int) -> Tensor:
     y = torch.empty_like(x)
     rows, columns = x.shape
     _C.dropout(
-        x.data_ptr(), y.data_ptr(), rows, columns, NATIVE_DTYPES[x.dtype], rng.data_ptr(), site, threshold, torch.get_num_threads()
+        x.data_ptr(),
+        y.data_ptr(),
+        rows,
+        columns,
+        NATIVE_DTYPES[x.dtype],
+        rng.data_ptr(),
+        site,
+        threshold,
+        torch.get_num_threads(),
     )
     return y
