@@ -10,9 +10,12 @@
 #include "attention/attention.h"
 #include "common/architectures.h"
 #include "common/device.h"
+#include "common/huge_pages.h"
 #include "common/isa.h"
 #include "dropout/dropout.h"
 #include "duplicate_layers/duplicate_layers.h"
+#include "gelu/gelu.h"
+#include "layer_norm/layer_norm.h"
 #include "masked_lm_loss/masked_lm_loss.h"
 
 namespace py = pybind11;
@@ -122,11 +125,24 @@ bool attention_arguments(Attention& a, const Rows& q, const Rows& k, const Rows&
       py::arg("dtype"), py::arg("scale"), py::arg("rng"), py::arg("site"), py::arg("threshold"), py::arg("scratch"),             \
       py::arg("threads"), py::call_guard<py::gil_scoped_release>()
 
+SumInputs sum_inputs(const char* op, Address x, Address residual, Address x_bias, int64_t rows, int64_t columns, int dtype,
+                     Address rng, uint32_t site, int threshold) {
+  check_sizes(op, {rows, columns});
+  check_threshold(op, threshold);
+  if (threshold > 0) check_addresses(op, {rng});
+  if (rows > 0 && residual == 0 && (x_bias != 0 || threshold > 0))
+    throw std::invalid_argument(std::string(op) + ": without a residual there is neither x_bias nor dropout");
+  return {pointer(x), pointer(residual), pointer<const float>(x_bias), rows, columns, cpu_dtype(op, dtype),
+          pointer<const int64_t>(rng), site, threshold};
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
   m.doc() = "Compiled kernels of stackbert_kernels. Called through stackbert_kernels.ops.";
   m.def("isa", &isa_name, "The instruction set that the CPU kernels use on this machine.");
+  m.def("advise_huge_pages", &advise_huge_pages, py::arg("address"), py::arg("bytes"),
+        "Hints that a fresh buffer be put on 2 MB pages where the system has them.");
 
   m.def("build_info", &build_info,
         "How this module was built: compiler, build_type, cuda (the toolkit's version or None), cuda_archs, why_no_cuda.");
@@ -216,4 +232,104 @@ PYBIND11_MODULE(_C, m) {
         attention_backward({a, head_rows(dout), head_rows(dq), head_rows(dk), head_rows(dv)});
       },
       py::arg("dout"), py::arg("dq"), py::arg("dk"), py::arg("dv"), ATTENTION_ARGUMENTS);
+
+  m.def("row_workspace", &row_workspace, py::arg("rows"), py::arg("columns"), py::arg("extra"),
+        "Floats of workspace for the layer_norm and dropout_add kernels.");
+  m.def(
+      "layer_norm_fwd",
+      [](Address x, Address residual, Address x_bias, Address weight, Address bias, Address y, Address mean, Address rstd,
+         Address workspace, int64_t rows, int64_t columns, int dtype, Address rng, uint32_t site, int threshold, float eps,
+         int threads, const std::string& isa) {
+        const SumInputs sum = sum_inputs("layer_norm_fwd", x, residual, x_bias, rows, columns, dtype, rng, site, threshold);
+        if (rows == 0 || columns == 0) return;
+        check_addresses("layer_norm_fwd", {x, weight, bias, y, workspace});
+        if ((mean == 0) != (rstd == 0)) throw std::invalid_argument("layer_norm_fwd: mean and rstd go together");
+        layer_norm_fwd({sum, pointer<const float>(weight), pointer<const float>(bias), eps, pointer(y), pointer<float>(mean),
+                        pointer<float>(rstd), pointer<float>(workspace), threads},
+                       isa_named(isa));
+      },
+      py::arg("x"), py::arg("residual"), py::arg("x_bias"), py::arg("weight"), py::arg("bias"), py::arg("y"),
+      py::arg("mean"), py::arg("rstd"), py::arg("workspace"), py::arg("rows"), py::arg("columns"), py::arg("dtype"),
+      py::arg("rng"), py::arg("site"), py::arg("threshold"), py::arg("eps"), py::arg("threads"), py::arg("isa") = "best",
+      py::call_guard<py::gil_scoped_release>());
+  m.def(
+      "layer_norm_bwd",
+      [](Address dy, Address x, Address residual, Address x_bias, Address weight, Address mean, Address rstd, Address dx,
+         Address dresidual, Address dweight, Address dbias, Address dx_bias, Address workspace, int64_t rows,
+         int64_t columns, int dtype, Address rng, uint32_t site, int threshold, int threads, const std::string& isa) {
+        const SumInputs sum = sum_inputs("layer_norm_bwd", x, residual, x_bias, rows, columns, dtype, rng, site, threshold);
+        if (columns == 0) return;
+        check_addresses("layer_norm_bwd", {dweight, dbias});
+        if (rows > 0) check_addresses("layer_norm_bwd", {dy, x, weight, mean, rstd, dresidual, workspace});
+        if (rows > 0 && (dx == 0) != (residual == 0))
+          throw std::invalid_argument("layer_norm_bwd: dx is written if and only if there is a residual");
+        layer_norm_bwd({sum, pointer(dy), pointer<const float>(weight), pointer<const float>(mean), pointer<const float>(rstd),
+                        pointer(dx), pointer(dresidual), pointer<float>(dweight), pointer<float>(dbias),
+                        pointer<float>(dx_bias), pointer<float>(workspace), threads},
+                       isa_named(isa));
+      },
+      py::arg("dy"), py::arg("x"), py::arg("residual"), py::arg("x_bias"), py::arg("weight"), py::arg("mean"),
+      py::arg("rstd"), py::arg("dx"), py::arg("dresidual"), py::arg("dweight"), py::arg("dbias"), py::arg("dx_bias"),
+      py::arg("workspace"), py::arg("rows"), py::arg("columns"), py::arg("dtype"), py::arg("rng"), py::arg("site"),
+      py::arg("threshold"), py::arg("threads"), py::arg("isa") = "best", py::call_guard<py::gil_scoped_release>());
+  m.def(
+      "dropout_add_fwd",
+      [](Address x, Address residual, Address x_bias, Address y, Address workspace, int64_t rows, int64_t columns, int dtype,
+         Address rng, uint32_t site, int threshold, int threads, const std::string& isa) {
+        const SumInputs sum = sum_inputs("dropout_add_fwd", x, residual, x_bias, rows, columns, dtype, rng, site, threshold);
+        if (rows == 0 || columns == 0) return;
+        check_addresses("dropout_add_fwd", {x, residual, y, workspace});
+        dropout_add_fwd({sum, pointer(y), pointer<float>(workspace), threads}, isa_named(isa));
+      },
+      py::arg("x"), py::arg("residual"), py::arg("x_bias"), py::arg("y"), py::arg("workspace"), py::arg("rows"),
+      py::arg("columns"), py::arg("dtype"), py::arg("rng"), py::arg("site"), py::arg("threshold"), py::arg("threads"),
+      py::arg("isa") = "best", py::call_guard<py::gil_scoped_release>());
+  m.def(
+      "dropout_add_bwd",
+      [](Address dy, Address dx, Address dx_bias, Address workspace, int64_t rows, int64_t columns, int dtype, Address rng,
+         uint32_t site, int threshold, int threads, const std::string& isa) {
+        check_sizes("dropout_add_bwd", {rows, columns});
+        check_threshold("dropout_add_bwd", threshold);
+        const DType type = cpu_dtype("dropout_add_bwd", dtype);
+        if (columns == 0) return;
+        if (rows > 0) check_addresses("dropout_add_bwd", {dy, dx, workspace});
+        if (threshold > 0) check_addresses("dropout_add_bwd", {rng});
+        dropout_add_bwd({pointer(dy), pointer(dx), pointer<float>(dx_bias), rows, columns, type, pointer<const int64_t>(rng),
+                         site, threshold, pointer<float>(workspace), threads},
+                        isa_named(isa));
+      },
+      py::arg("dy"), py::arg("dx"), py::arg("dx_bias"), py::arg("workspace"), py::arg("rows"), py::arg("columns"),
+      py::arg("dtype"), py::arg("rng"), py::arg("site"), py::arg("threshold"), py::arg("threads"), py::arg("isa") = "best",
+      py::call_guard<py::gil_scoped_release>());
+
+  m.def("bias_gelu_workspace", &bias_gelu_workspace, py::arg("rows"), py::arg("columns"),
+        "Floats of workspace for bias_gelu_bwd.");
+  m.def(
+      "bias_gelu_fwd",
+      [](Address x, Address bias, Address y, int64_t rows, int64_t columns, int dtype, bool tanh, int threads,
+         const std::string& isa) {
+        check_sizes("bias_gelu_fwd", {rows, columns});
+        const DType type = cpu_dtype("bias_gelu_fwd", dtype);
+        if (rows == 0 || columns == 0) return;
+        check_addresses("bias_gelu_fwd", {x, bias, y});
+        bias_gelu_fwd({pointer(x), pointer<const float>(bias), pointer(y), rows, columns, type, tanh, threads}, isa_named(isa));
+      },
+      py::arg("x"), py::arg("bias"), py::arg("y"), py::arg("rows"), py::arg("columns"), py::arg("dtype"), py::arg("tanh"),
+      py::arg("threads"), py::arg("isa") = "best", py::call_guard<py::gil_scoped_release>());
+  m.def(
+      "bias_gelu_bwd",
+      [](Address dy, Address x, Address bias, Address dx, Address dbias, Address workspace, int64_t rows, int64_t columns,
+         int dtype, bool tanh, int threads, const std::string& isa) {
+        check_sizes("bias_gelu_bwd", {rows, columns});
+        const DType type = cpu_dtype("bias_gelu_bwd", dtype);
+        if (columns == 0) return;
+        check_addresses("bias_gelu_bwd", {bias, dbias});
+        if (rows > 0) check_addresses("bias_gelu_bwd", {dy, x, dx, workspace});
+        bias_gelu_bwd({pointer(dy), pointer(x), pointer<const float>(bias), pointer(dx), pointer<float>(dbias), rows, columns,
+                       type, tanh, pointer<float>(workspace), threads},
+                      isa_named(isa));
+      },
+      py::arg("dy"), py::arg("x"), py::arg("bias"), py::arg("dx"), py::arg("dbias"), py::arg("workspace"), py::arg("rows"),
+      py::arg("columns"), py::arg("dtype"), py::arg("tanh"), py::arg("threads"), py::arg("isa") = "best",
+      py::call_guard<py::gil_scoped_release>());
 }

@@ -1,5 +1,7 @@
 #include "common/isa.h"
 
+#include <stdexcept>
+
 namespace stackbert {
 
 Isa isa() {
@@ -18,15 +20,20 @@ Isa isa() {
 #endif
 }
 
-const char* isa_name() {
-  switch (isa()) {
-    case Isa::kAvx512:
-      return "avx512";
-    case Isa::kAvx2:
-      return "avx2";
-    default:
-      return "generic";
-  }
+namespace {
+
+constexpr const char* kNames[] = {"generic", "avx2", "avx512"};
+
+}  // namespace
+
+const char* isa_name() { return kNames[static_cast<int>(isa())]; }
+
+Isa isa_named(const std::string& name) {
+  if (name == "best") return isa();
+  for (int i = 0; i <= static_cast<int>(isa()); ++i)  // each machine that runs one runs those before it
+    if (name == kNames[i]) return static_cast<Isa>(i);
+  throw std::invalid_argument("isa must be best, generic, avx2 or avx512, and one that this machine (" +
+                              std::string(isa_name()) + ") runs, got " + name);
 }
 
 }  // namespace stackbert

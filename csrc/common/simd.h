@@ -1,5 +1,5 @@
-// Vectors of floats in the compiler's vector extensions: the same code is AVX-512, AVX2, SSE2 or NEON, by the flags with
-// which the including file is compiled. Everything lives in the instruction set's own namespace, and nothing here
+// Vectors of floats in the compiler's vector extensions: the same code is AVX-512, AVX2, SSE2 or NEON, by the flags
+// with which the including file is compiled. Everything lives in the instruction set's own namespace, and nothing here
 // instantiates a standard template, so that the linker can never put AVX-512 code where a plain machine runs it.
 #pragma once
 
@@ -57,15 +57,42 @@ inline Floats load(const bfloat16* p) {
 inline void store(float* p, Floats v) { std::memcpy(p, &v, sizeof v); }
 
 // Round to nearest even. A NaN keeps its sign and becomes quiet instead of being carried over into an infinity.
-inline void store(bfloat16* p, Floats v) {
+inline Halves to_bfloat16(Floats v) {
   const Words bits = bit_cast<Words>(v);
+#if defined(__AVX512F__)
+  const __m512i x = bit_cast<__m512i>(bits), top = _mm512_srli_epi32(x, 16);
+  const __m512i odd = _mm512_and_si512(top, _mm512_set1_epi32(1));
+  const __m512i rounded = _mm512_srli_epi32(_mm512_add_epi32(_mm512_add_epi32(x, _mm512_set1_epi32(0x7FFF)), odd), 16);
+  const __mmask16 nan = _mm512_cmp_ps_mask(bit_cast<__m512>(v), bit_cast<__m512>(v), _CMP_UNORD_Q);
+  return bit_cast<Halves>(_mm512_cvtepi32_epi16(_mm512_mask_or_epi32(rounded, nan, top, _mm512_set1_epi32(0x40))));
+#else
   const Words rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16;
   const Words quiet = (bits >> 16) | 0x40;
-  const Halves half = __builtin_convertvector((v == v) ? rounded : quiet, Halves);
+  return __builtin_convertvector((v == v) ? rounded : quiet, Halves);
+#endif
+}
+
+inline void store(bfloat16* p, Floats v) {
+  const Halves half = to_bfloat16(v);
   std::memcpy(p, &half, sizeof half);
 }
 
 // The first n < kLanes elements; the other lanes are zero.
+#if defined(__AVX512F__)
+inline __mmask16 lanes_below(int n) { return static_cast<__mmask16>((1u << n) - 1); }
+inline Floats load_first(const float* p, int n) { return bit_cast<Floats>(_mm512_maskz_loadu_ps(lanes_below(n), p)); }
+inline Floats load_first(const bfloat16* p, int n) {
+  const __m256i half = _mm256_maskz_loadu_epi16(lanes_below(n), p);
+  return bit_cast<Floats>(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16));
+}
+inline void store_first(float* p, Floats v, int n) { _mm512_mask_storeu_ps(p, lanes_below(n), bit_cast<__m512>(v)); }
+inline void store_first(bfloat16* p, Floats v, int n) {
+  _mm256_mask_storeu_epi16(p, lanes_below(n), bit_cast<__m256i>(to_bfloat16(v)));
+}
+inline Floats first(Floats v, int n) {
+  return bit_cast<Floats>(_mm512_maskz_mov_ps(lanes_below(n), bit_cast<__m512>(v)));
+}
+#else
 template <typename T>
 inline Floats load_first(const T* p, int n) {
   T padded[kLanes] = {};
@@ -80,16 +107,57 @@ inline void store_first(T* p, Floats v, int n) {
   std::memcpy(p, padded, n * sizeof(T));
 }
 
+// v with zeros in lanes n and up.
+inline Floats first(Floats v, int n) {
+  Floats kept = {};
+  std::memcpy(&kept, &v, n * sizeof(float));
+  return kept;
+}
+#endif
+
+// What is left of a row at a vector's place: a whole vector, known at compile time, or its first n < kLanes elements.
+struct Whole {};
+template <typename T>
+inline Floats load(const T* p, Whole) {
+  return load(p);
+}
+template <typename T>
+inline Floats load(const T* p, int n) {
+  return load_first(p, n);
+}
+template <typename T>
+inline void store(T* p, Floats v, Whole) {
+  store(p, v);
+}
+template <typename T>
+inline void store(T* p, Floats v, int n) {
+  store_first(p, v, n);
+}
+inline Floats first(Floats v, Whole) { return v; }
+
+// body(i, part) for the vectors of [begin, end): part is Whole{}, or how many elements the last vector has.
+template <typename Body>
+inline void for_vectors(int64_t begin, int64_t end, const Body& body) {
+  int64_t i = begin;
+  for (; i + kLanes <= end; i += kLanes) body(i, Whole{});
+  if (i < end) body(i, static_cast<int>(end - i));
+}
+
 inline Floats select(Ints condition, Floats yes, Floats no) { return condition ? yes : no; }
 inline Floats maximum(Floats a, Floats b) { return a > b ? a : b; }
 inline Floats minimum(Floats a, Floats b) { return a < b ? a : b; }
+inline Floats absolute(Floats x) { return bit_cast<Floats>(bit_cast<Words>(x) & 0x7FFFFFFF); }
 
 inline float sum(Floats v) {
+#if defined(__AVX512F__)
+  return _mm512_reduce_add_ps(bit_cast<__m512>(v));
+#else
   float lanes[kLanes];
   store(lanes, v);
   for (int width = kLanes / 2; width > 0; width /= 2)
     for (int i = 0; i < width; ++i) lanes[i] += lanes[i + width];
   return lanes[0];
+#endif
 }
 
 inline float maximum(Floats v) {
@@ -100,13 +168,22 @@ inline float maximum(Floats v) {
   return lanes[0];
 }
 
-// e^x within 2 ulp; 0 below -87.33 (subnormal results are flushed), +inf above 88.72. NaN stays NaN.
-inline Floats exp(Floats x) {
-  const Floats clamped = minimum(maximum(x, broadcast(-88.f)), broadcast(89.f));
-  const Floats shifted = clamped * 1.44269504f + 12582912.f;  // 1.5 * 2^23: the integer lands in the low mantissa bits
+// 1 / x within 1 ulp for normal x whose reciprocal is normal.
+inline Floats reciprocal(Floats x) {
+#if defined(__AVX512F__)
+  const Floats y = bit_cast<Floats>(_mm512_rcp14_ps(bit_cast<__m512>(x)));
+  return y + y * (1.f - x * y);  // one Newton step from 14 bits
+#else
+  return 1.f / x;
+#endif
+}
+
+// e^(x + tail) for |tail| << 1, within 2 ulp of the exact value of the sum; x in [-88, 89].
+inline Floats exp_in_range(Floats x, Floats tail) {
+  const Floats shifted = x * 1.44269504f + 12582912.f;  // 1.5 * 2^23: the integer lands in the low mantissa bits
   const Floats n = shifted - 12582912.f;
-  Floats r = clamped - n * 0.693359375f;  // ln 2 in two parts, the first exact in few bits
-  r = r + n * 2.12194440e-4f;
+  Floats r = x - n * 0.693359375f;  // ln 2 in two parts, the first exact in few bits
+  r = r + n * 2.12194440e-4f + tail;
   Floats y = r * 1.9875691500e-4f + 1.3981999507e-3f;  // Cephes expf
   y = y * r + 8.3334519073e-3f;
   y = y * r + 4.1665795894e-2f;
@@ -116,7 +193,12 @@ inline Floats exp(Floats x) {
   // 2^n in two factors: 2^128 and 2^-127 do not fit a float's exponent field, their halves do.
   const Ints exponent = bit_cast<Ints>(shifted) - 0x4B400000;
   const Ints half = exponent >> 1;
-  y = y * bit_cast<Floats>((half + 127) << 23) * bit_cast<Floats>((exponent - half + 127) << 23);
+  return y * bit_cast<Floats>((half + 127) << 23) * bit_cast<Floats>((exponent - half + 127) << 23);
+}
+
+// e^x within 2 ulp; 0 below -87.33 (subnormal results are flushed), +inf above 88.72. NaN stays NaN.
+inline Floats exp(Floats x) {
+  Floats y = exp_in_range(minimum(maximum(x, broadcast(-88.f)), broadcast(89.f)), Floats{});
   y = select(x < -87.33f, Floats{}, y);
   y = select(x > 88.72f, broadcast(__builtin_inff()), y);
   return select(x == x, y, x);

@@ -25,6 +25,8 @@ PREFERENCE = ("native", "triton", "reference")
 KEYS = {"cpu": "CPU", "cuda": "CUDA"}
 NATIVE_DTYPES = {torch.float32: 0, torch.bfloat16: 1}  # csrc/common/dtype.h
 
+HUGE_PAGES_FROM = 4 << 20  # bytes: two 2 MB pages
+
 LIBRARY = torch.library.Library("stackbert", "DEF")
 
 def why_no_native(device: str) -> str | None:
@@ -88,7 +90,9 @@ class Op:
         reason = self._reason(impl, tensors) if impl in PREFERENCE else "no such implementation"
         if reason is not None:
             usable = [i for i in PREFERENCE if self._reason(i, tensors) is None]
-            raise ValueError(f"{self.name}: impl={impl!r} cannot run here: {reason}; usable: {', '.join(usable) or 'none'}")
+            raise ValueError(
+                f"{self.name}: impl={impl!r} cannot run here: {reason}; usable: {', '.join(usable) or 'none'}"
+            )
         return impl
 
 
@@ -120,3 +124,17 @@ def only_dtypes(impl: str, tensor: Tensor) -> str | None:
     if impl == "native" and tensor.dtype not in NATIVE_DTYPES:
         return f"native takes float32 and bfloat16, got {str(tensor.dtype).removeprefix('torch.')}"
     return None
+
+
+def empty_like(x: Tensor) -> Tensor:
+    """What a native kernel writes a result to: dense. Large ones are put on huge pages where the system has them: the page faults of a
+    fresh buffer cost more than the kernel that fills it."""
+    y = torch.empty_like(x, memory_format=torch.contiguous_format)
+    if y.nbytes >= HUGE_PAGES_FROM and y.device.type == "cpu":
+        _C.advise_huge_pages(y.data_ptr(), y.nbytes)
+    return y
+
+
+def as_float32(parameter: Tensor) -> Tensor:
+    """Dense float32: how native kernels take [C] parameters of either dtype. The caller keeps it alive while its address is used."""
+    return parameter.float().contiguous()

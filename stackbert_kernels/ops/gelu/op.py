@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
 from stackbert_kernels.ops import _library as library
-from stackbert_kernels.ops.gelu import reference
+from stackbert_kernels.ops.gelu import native, reference
 
 APPROXIMATE = ("none", "tanh")
 
@@ -39,11 +41,11 @@ def _bwd_fake(dy, x, bias, approximate, impl):
 
 
 FORWARD = {
-    "cpu": {"reference": reference.bias_gelu_fwd},
+    "cpu": {"reference": reference.bias_gelu_fwd, "native": native.bias_gelu_fwd},
     "cuda": {"reference": reference.bias_gelu_fwd},
 }
 BACKWARD = {
-    "cpu": {"reference": reference.bias_gelu_bwd},
+    "cpu": {"reference": reference.bias_gelu_bwd, "native": native.bias_gelu_bwd},
     "cuda": {"reference": reference.bias_gelu_bwd},
 }
 
@@ -80,7 +82,7 @@ def bias_gelu(x: Tensor, bias: Tensor, *, approximate: str = "none", impl: str =
 
     Saves x and bias for backward, nothing else. The gradient of bias does not depend on the thread count.
     """
-    rows = x.reshape(-1, x.shape[-1]) if x.dim() else x
+    rows = x.reshape(math.prod(x.shape[:-1]), x.shape[-1]) if x.dim() else x
     _check(rows, bias, approximate)
     impl = OP.resolve(impl, rows)
     return _bias_gelu_fwd(rows, bias, approximate, impl).reshape(x.shape)

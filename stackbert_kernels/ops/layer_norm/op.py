@@ -7,12 +7,14 @@ dropout mask are computed again, which moves no more bytes than saving the sum w
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
 from stackbert_kernels.ops import _library as library
 from stackbert_kernels.ops import philox
-from stackbert_kernels.ops.layer_norm import reference
+from stackbert_kernels.ops.layer_norm import native, reference
 
 # --- checks, shared by the public functions and the fakes -----------------------------------------------------------------------
 
@@ -62,6 +64,10 @@ def _check(
         raise ValueError(f"{op}: eps must be >= 0, got {eps}")
 
 
+def _rows(x: Tensor) -> Tensor:
+    return x.reshape(math.prod(x.shape[:-1]), x.shape[-1]) if x.dim() else x
+
+
 def _needs_grad(*tensors: Tensor | None) -> bool:
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
@@ -94,15 +100,15 @@ def _layer_norm_bwd_fake(dy, x, weight, bias, mean, rstd, impl):
 
 
 FORWARD = {
-    "cpu": {"reference": reference.layer_norm_fwd},
+    "cpu": {"reference": reference.layer_norm_fwd, "native": native.layer_norm_fwd},
     "cuda": {"reference": reference.layer_norm_fwd},
 }
 FORWARD_ONLY = {
-    "cpu": {"reference": reference.layer_norm_forward_only},
+    "cpu": {"reference": reference.layer_norm_forward_only, "native": native.layer_norm_forward_only},
     "cuda": {"reference": reference.layer_norm_forward_only},
 }
 BACKWARD = {
-    "cpu": {"reference": reference.layer_norm_bwd},
+    "cpu": {"reference": reference.layer_norm_bwd, "native": native.layer_norm_bwd},
     "cuda": {"reference": reference.layer_norm_bwd},
 }
 
@@ -151,7 +157,7 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-12, *, i
 
     The gradients of weight and bias are summed in float32, in an order that does not depend on the thread count.
     """
-    rows = x.reshape(-1, x.shape[-1]) if x.dim() else x
+    rows = _rows(x)
     _check("layer_norm", rows, None, weight, bias, None, eps)
     impl = LAYER_NORM.resolve(impl, rows)
     if _needs_grad(x, weight, bias):
@@ -174,29 +180,28 @@ def _dropout_add_layer_norm_forward_only_fake(x, residual, weight, bias, x_bias,
     return _dense_like(x)
 
 
-def _dx_fake(dy, x_bias, threshold):
-    """dx has no rows without dropout: it equals the residual's gradient."""
-    return dy.new_empty(dy.shape if threshold else (0, dy.shape[1])), dy.new_empty(
-        0
-    ) if x_bias is None else torch.empty_like(x_bias)
+def _dx_bias_fake(dy, x_bias):
+    return dy.new_empty(0) if x_bias is None else torch.empty_like(x_bias)
 
 
 def _dropout_add_layer_norm_bwd_fake(dy, x, residual, weight, bias, x_bias, mean, rstd, rng, site, threshold, impl):
     _check_like("dropout_add_layer_norm", "dy", dy, x)
-    dx, dx_bias = _dx_fake(dy, x_bias, threshold)
-    return dx, _dense_like(x), torch.empty_like(weight), torch.empty_like(bias), dx_bias
+    return _dense_like(x), _dense_like(x), torch.empty_like(weight), torch.empty_like(bias), _dx_bias_fake(dy, x_bias)
 
 
 ADD_NORM_FORWARD = {
-    "cpu": {"reference": reference.dropout_add_layer_norm_fwd},
+    "cpu": {"reference": reference.dropout_add_layer_norm_fwd, "native": native.dropout_add_layer_norm_fwd},
     "cuda": {"reference": reference.dropout_add_layer_norm_fwd},
 }
 ADD_NORM_FORWARD_ONLY = {
-    "cpu": {"reference": reference.dropout_add_layer_norm_forward_only},
+    "cpu": {
+        "reference": reference.dropout_add_layer_norm_forward_only,
+        "native": native.dropout_add_layer_norm_forward_only,
+    },
     "cuda": {"reference": reference.dropout_add_layer_norm_forward_only},
 }
 ADD_NORM_BACKWARD = {
-    "cpu": {"reference": reference.dropout_add_layer_norm_bwd},
+    "cpu": {"reference": reference.dropout_add_layer_norm_bwd, "native": native.dropout_add_layer_norm_bwd},
     "cuda": {"reference": reference.dropout_add_layer_norm_bwd},
 }
 
@@ -236,8 +241,6 @@ def _dropout_add_layer_norm_backward(ctx, dy, dmean, drstd):
     dx, dresidual, dweight, dbias, dx_bias = _dropout_add_layer_norm_bwd(
         dy, *ctx.saved_tensors, ctx.site, ctx.threshold, ctx.impl
     )
-    if ctx.threshold == 0:
-        dx = dresidual
     return dx, dresidual, dweight, dbias, None if x_bias is None else dx_bias, None, None, None, None, None
 
 
@@ -271,7 +274,7 @@ def dropout_add_layer_norm(
     """
     threshold, rng = philox.dropout_arguments("dropout_add_layer_norm", dropout_p, rng, site, x.device)
     _check_like("dropout_add_layer_norm", "residual", residual, x)
-    rows = x.reshape(-1, x.shape[-1]) if x.dim() else x
+    rows = _rows(x)
     _check("dropout_add_layer_norm", rows, None, weight, bias, x_bias, eps)
     impl = DROPOUT_ADD_LAYER_NORM.resolve(impl, rows)
     arguments = (rows, residual.reshape(rows.shape), weight, bias, x_bias, rng, site, threshold, eps, impl)
@@ -291,15 +294,15 @@ def _dropout_add_fwd_fake(x, residual, x_bias, rng, site, threshold, impl):
 
 
 def _dropout_add_bwd_fake(dy, x_bias, rng, site, threshold, impl):
-    return _dx_fake(dy, x_bias, threshold)
+    return _dense_like(dy), _dx_bias_fake(dy, x_bias)
 
 
 ADD_FORWARD = {
-    "cpu": {"reference": reference.dropout_add_fwd},
+    "cpu": {"reference": reference.dropout_add_fwd, "native": native.dropout_add_fwd},
     "cuda": {"reference": reference.dropout_add_fwd},
 }
 ADD_BACKWARD = {
-    "cpu": {"reference": reference.dropout_add_bwd},
+    "cpu": {"reference": reference.dropout_add_bwd, "native": native.dropout_add_bwd},
     "cuda": {"reference": reference.dropout_add_bwd},
 }
 
@@ -323,10 +326,8 @@ def _dropout_add_setup(ctx, inputs, output):
 
 def _dropout_add_backward(ctx, dy):
     x_bias, rng = ctx.saved_tensors
-    if ctx.threshold == 0 and x_bias is None:
-        return dy, dy, None, None, None, None, None
     dx, dx_bias = _dropout_add_bwd(dy, x_bias, rng, ctx.site, ctx.threshold, ctx.impl)
-    return dx if ctx.threshold else dy, dy, None if x_bias is None else dx_bias, None, None, None, None
+    return dx, dy, None if x_bias is None else dx_bias, None, None, None, None
 
 
 library.autograd("dropout_add_fwd", _dropout_add_setup, _dropout_add_backward)
@@ -348,7 +349,7 @@ def dropout_add(
     """
     threshold, rng = philox.dropout_arguments("dropout_add", dropout_p, rng, site, x.device)
     _check_like("dropout_add", "residual", residual, x)
-    rows = x.reshape(-1, x.shape[-1]) if x.dim() else x
+    rows = _rows(x)
     _check("dropout_add", rows, None, None, None, x_bias, 0.0)
     impl = DROPOUT_ADD.resolve(impl, rows)
     return _dropout_add_fwd(rows, residual.reshape(rows.shape), x_bias, rng, site, threshold, impl).reshape(x.shape)

@@ -117,7 +117,7 @@ def dropout_add_bwd(dy: Tensor, x_bias: Tensor | None, rng: Tensor, site: int, t
 def _dropped_bwd(
     dz: Tensor, dtype: torch.dtype, x_bias: Tensor | None, rng: Tensor, site: int, threshold: int
 ) -> tuple[Tensor, Tensor]:
-    """dx [R, C], or [0, C] without dropout, where it equals dz; dx_bias [C], or [0] where there is no x_bias."""
+    """dx [R, C], which never shares memory with dz; dx_bias [C], or [0] where there is no x_bias."""
     dh = dz * philox.row_factors(rng, site, threshold, dz) if threshold else dz
-    dx = dh.to(dtype) if threshold else dz.new_empty((0, dz.shape[1]), dtype=dtype)
-    return dx, dz.new_empty(0) if x_bias is None else dh.sum(0).to(x_bias.dtype)
+    dx_bias = dz.new_empty(0) if x_bias is None else dh.sum(0).to(x_bias.dtype)
+    return dh.to(dtype, copy=True), dx_bias
