@@ -6,8 +6,7 @@ PYTHON ?= $(shell for python in python3.11 python3 python3.12 python3.13; do \
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check -q install -c constraints.txt
 
-C_SOURCES = $(shell find csrc -type f)
-CPP_FILES = $(shell git ls-files --cached --others --exclude-standard csrc)
+C_SOURCES := $(shell find csrc -name '*.h' -o -name '*.cuh' -o -name '*.cpp' -o -name '*.cu')
 
 .DEFAULT_GOAL := help
 .PHONY: help build demo test bench lint format clean
@@ -29,12 +28,12 @@ bench: build  ## the CPU benchmarks, against PyTorch on this machine
 lint: .venv/.linters  ## formatting and lint, without changing anything
 	$(BIN)/ruff format --check -q .
 	$(BIN)/ruff check -q .
-	$(BIN)/clang-format --dry-run --Werror $(CPP_FILES)
+	$(BIN)/clang-format --dry-run --Werror $(C_SOURCES)
 
 format: .venv/.linters  ## format everything and fix what can be fixed
 	$(BIN)/ruff format -q .
 	$(BIN)/ruff check -q --fix .
-	$(BIN)/clang-format -i $(CPP_FILES)
+	$(BIN)/clang-format -i $(C_SOURCES)
 
 clean:  ## remove .venv and everything built; runs/ stays
 	rm -rf .venv build dist *.egg-info stackbert_kernels/*.so .pytest_cache .ruff_cache .hypothesis
