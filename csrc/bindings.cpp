@@ -1,5 +1,5 @@
-// Python's door to the kernels: raw addresses and integers in, exceptions out. Shapes, dtypes and strides were checked by the op
-// (stackbert_kernels/ops/<op>/op.py); what is checked here is what would otherwise be undefined behaviour.
+// Python's door to the kernels: raw addresses and integers in, exceptions out. Shapes, dtypes and strides were checked
+// by the op (stackbert_kernels/ops/<op>/op.py); what is checked here is what would otherwise be undefined behaviour.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -42,7 +42,8 @@ void check_addresses(const char* op, std::initializer_list<Address> addresses) {
 
 DType cpu_dtype(const char* op, int dtype) {
   if (dtype != static_cast<int>(DType::kFloat32) && dtype != static_cast<int>(DType::kBFloat16))
-    throw std::invalid_argument(std::string(op) + ": dtype must be 0 (float32) or 1 (bfloat16), got " + std::to_string(dtype));
+    throw std::invalid_argument(std::string(op) + ": dtype must be 0 (float32) or 1 (bfloat16), got " +
+                                std::to_string(dtype));
   return static_cast<DType>(dtype);
 }
 
@@ -51,15 +52,15 @@ void check_threshold(const char* op, int threshold) {
     throw std::invalid_argument(std::string(op) + ": threshold must be in 0..255, got " + std::to_string(threshold));
 }
 
-DuplicateLayers duplicate_layers_arguments(Address bank, int64_t row_bytes, int64_t row_stride, const std::vector<int64_t>& map,
-                                           int threads) {
+DuplicateLayers duplicate_layers_arguments(Address bank, int64_t row_bytes, int64_t row_stride,
+                                           const std::vector<int64_t>& map, int threads) {
   check_sizes("duplicate_layers_", {row_bytes, row_stride});
   check_addresses("duplicate_layers_", {bank});
   const int64_t n = static_cast<int64_t>(map.size());
   for (int64_t i = 0; i < n; ++i)
     if (map[i] < 0 || map[i] > i)
-      throw std::invalid_argument("duplicate_layers_: map[" + std::to_string(i) + "] must be in 0.." + std::to_string(i) + ", got " +
-                                  std::to_string(map[i]));
+      throw std::invalid_argument("duplicate_layers_: map[" + std::to_string(i) + "] must be in 0.." +
+                                  std::to_string(i) + ", got " + std::to_string(map[i]));
   return {pointer(bank), row_bytes, row_stride, map.data(), n, threads};
 }
 
@@ -90,14 +91,15 @@ using Rows = std::tuple<Address, int64_t, int64_t, int64_t>;  // address, stride
 HeadRows head_rows(const Rows& x) { return {pointer(std::get<0>(x)), std::get<1>(x), std::get<2>(x), std::get<3>(x)}; }
 
 // Checks and gathers attention's arguments; false where there is nothing to do.
-bool attention_arguments(Attention& a, const Rows& q, const Rows& k, const Rows& v, const Rows& out, const Rows& lse, Address seqlens,
-                         Address order, bool packed, int64_t tokens, int64_t sequences, int64_t max_seqlen, int64_t heads,
-                         int64_t head_dim, int dtype, float scale, Address rng, uint32_t site, int threshold, Address scratch,
-                         int threads) {
+bool attention_arguments(Attention& a, const Rows& q, const Rows& k, const Rows& v, const Rows& out, const Rows& lse,
+                         Address seqlens, Address order, bool packed, int64_t tokens, int64_t sequences,
+                         int64_t max_seqlen, int64_t heads, int64_t head_dim, int dtype, float scale, Address rng,
+                         uint32_t site, int threshold, Address scratch, int threads) {
   check_sizes("attention", {tokens, sequences, max_seqlen, heads});
   check_threshold("attention", threshold);
   if (head_dim < 1 || head_dim > kMaxHeadDim)
-    throw std::invalid_argument("attention: head_dim must be in 1.." + std::to_string(kMaxHeadDim) + ", got " + std::to_string(head_dim));
+    throw std::invalid_argument("attention: head_dim must be in 1.." + std::to_string(kMaxHeadDim) + ", got " +
+                                std::to_string(head_dim));
   if (threads < 1) throw std::invalid_argument("attention: threads must be >= 1, got " + std::to_string(threads));
   const DType type = cpu_dtype("attention", dtype);
   if (sequences == 0 || heads == 0 || tokens == 0) return false;
@@ -107,33 +109,53 @@ bool attention_arguments(Attention& a, const Rows& q, const Rows& k, const Rows&
   for (int64_t b = 0; b < sequences; ++b) {
     const int64_t start = packed ? lengths[b] : 0, end = packed ? lengths[b + 1] : lengths[b];
     if (start < 0 || end < start || end > tokens || end - start > max_seqlen)
-      throw std::invalid_argument("attention: sequence " + std::to_string(b) + " must lie in " + std::to_string(tokens) +
-                                  " tokens and be no longer than " + std::to_string(max_seqlen) + ", got " + std::to_string(start) +
-                                  " to " + std::to_string(end));
+      throw std::invalid_argument("attention: sequence " + std::to_string(b) + " must lie in " +
+                                  std::to_string(tokens) + " tokens and be no longer than " +
+                                  std::to_string(max_seqlen) + ", got " + std::to_string(start) + " to " +
+                                  std::to_string(end));
     if (turns[b] < 0 || turns[b] >= sequences)
       throw std::invalid_argument("attention: order must name sequences, got " + std::to_string(turns[b]));
   }
-  a = {head_rows(q), head_rows(k), head_rows(v), head_rows(out), pointer<float>(std::get<0>(lse)), std::get<1>(lse), std::get<3>(lse),
-       lengths, turns, packed, sequences, max_seqlen, heads, head_dim, type, scale, pointer<const int64_t>(rng), site, threshold,
-       pointer<float>(scratch), threads};
+  a = {head_rows(q),
+       head_rows(k),
+       head_rows(v),
+       head_rows(out),
+       pointer<float>(std::get<0>(lse)),
+       std::get<1>(lse),
+       std::get<3>(lse),
+       lengths,
+       turns,
+       packed,
+       sequences,
+       max_seqlen,
+       heads,
+       head_dim,
+       type,
+       scale,
+       pointer<const int64_t>(rng),
+       site,
+       threshold,
+       pointer<float>(scratch),
+       threads};
   return true;
 }
 
-#define ATTENTION_ARGUMENTS                                                                                                      \
-  py::arg("q"), py::arg("k"), py::arg("v"), py::arg("out"), py::arg("lse"), py::arg("seqlens"), py::arg("order"),                \
-      py::arg("packed"), py::arg("tokens"), py::arg("sequences"), py::arg("max_seqlen"), py::arg("heads"), py::arg("head_dim"),  \
-      py::arg("dtype"), py::arg("scale"), py::arg("rng"), py::arg("site"), py::arg("threshold"), py::arg("scratch"),             \
-      py::arg("threads"), py::call_guard<py::gil_scoped_release>()
+#define ATTENTION_ARGUMENTS                                                                                           \
+  py::arg("q"), py::arg("k"), py::arg("v"), py::arg("out"), py::arg("lse"), py::arg("seqlens"), py::arg("order"),     \
+      py::arg("packed"), py::arg("tokens"), py::arg("sequences"), py::arg("max_seqlen"), py::arg("heads"),            \
+      py::arg("head_dim"), py::arg("dtype"), py::arg("scale"), py::arg("rng"), py::arg("site"), py::arg("threshold"), \
+      py::arg("scratch"), py::arg("threads"), py::call_guard<py::gil_scoped_release>()
 
-SumInputs sum_inputs(const char* op, Address x, Address residual, Address x_bias, int64_t rows, int64_t columns, int dtype,
-                     Address rng, uint32_t site, int threshold) {
+SumInputs sum_inputs(const char* op, Address x, Address residual, Address x_bias, int64_t rows, int64_t columns,
+                     int dtype, Address rng, uint32_t site, int threshold) {
   check_sizes(op, {rows, columns});
   check_threshold(op, threshold);
   if (threshold > 0) check_addresses(op, {rng});
   if (rows > 0 && residual == 0 && (x_bias != 0 || threshold > 0))
     throw std::invalid_argument(std::string(op) + ": without a residual there is neither x_bias nor dropout");
-  return {pointer(x), pointer(residual), pointer<const float>(x_bias), rows, columns, cpu_dtype(op, dtype),
-          pointer<const int64_t>(rng), site, threshold};
+  return {pointer(x), pointer(residual),    pointer<const float>(x_bias), rows,
+          columns,    cpu_dtype(op, dtype), pointer<const int64_t>(rng),  site,
+          threshold};
 }
 
 }  // namespace
@@ -145,7 +167,8 @@ PYBIND11_MODULE(_C, m) {
         "Hints that a fresh buffer be put on 2 MB pages where the system has them.");
 
   m.def("build_info", &build_info,
-        "How this module was built: compiler, build_type, cuda (the toolkit's version or None), cuda_archs, why_no_cuda.");
+        "How this module was built: compiler, build_type, cuda (the toolkit's version or None), cuda_archs, "
+        "why_no_cuda.");
   m.def("cuda_archs", &built_architectures, "The architectures that the CUDA kernels are built for; [] without CUDA.");
   m.def("cuda_available", &cuda_available, "Whether there are CUDA kernels here, a driver, and a device.");
   m.def("cuda_archs_run_on", &any_runs_on, py::arg("archs"), py::arg("major"), py::arg("minor"),
@@ -153,7 +176,8 @@ PYBIND11_MODULE(_C, m) {
 
   m.def(
       "dropout",
-      [](Address x, Address y, int64_t rows, int64_t columns, int dtype, Address rng, uint32_t site, int threshold, int threads) {
+      [](Address x, Address y, int64_t rows, int64_t columns, int dtype, Address rng, uint32_t site, int threshold,
+         int threads) {
         check_sizes("dropout", {rows, columns});
         check_threshold("dropout", threshold);
         const DType type = cpu_dtype("dropout", dtype);
@@ -161,8 +185,8 @@ PYBIND11_MODULE(_C, m) {
         check_addresses("dropout", {x, y, rng});
         dropout({pointer(x), pointer(y), rows, columns, type, pointer<const int64_t>(rng), site, threshold, threads});
       },
-      py::arg("x"), py::arg("y"), py::arg("rows"), py::arg("columns"), py::arg("dtype"), py::arg("rng"), py::arg("site"),
-      py::arg("threshold"), py::arg("threads"), py::call_guard<py::gil_scoped_release>());
+      py::arg("x"), py::arg("y"), py::arg("rows"), py::arg("columns"), py::arg("dtype"), py::arg("rng"),
+      py::arg("site"), py::arg("threshold"), py::arg("threads"), py::call_guard<py::gil_scoped_release>());
 
   m.attr("CROSS_ENTROPY_ROWS") = kCrossEntropyRows;
   m.def(
@@ -197,38 +221,41 @@ PYBIND11_MODULE(_C, m) {
 #ifdef STACKBERT_WITH_CUDA
   m.def(
       "duplicate_layers_cuda",
-      [](Address bank, int64_t row_bytes, int64_t row_stride, const std::vector<int64_t>& map, int device, Address stream) {
+      [](Address bank, int64_t row_bytes, int64_t row_stride, const std::vector<int64_t>& map, int device,
+         Address stream) {
         const DuplicateLayers arguments = duplicate_layers_arguments(bank, row_bytes, row_stride, map, 1);
         const py::gil_scoped_release unlocked;
         cuda::duplicate_layers(arguments, device, pointer(stream));
       },
-      py::arg("bank"), py::arg("row_bytes"), py::arg("row_stride"), py::arg("map"), py::arg("device"), py::arg("stream"));
+      py::arg("bank"), py::arg("row_bytes"), py::arg("row_stride"), py::arg("map"), py::arg("device"),
+      py::arg("stream"));
 #endif
 
-  m.def("attention_scratch", &attention_scratch, "Floats of scratch each thread needs.", py::arg("max_seqlen"), py::arg("head_dim"),
-        py::arg("backward"));
+  m.def("attention_scratch", &attention_scratch, "Floats of scratch each thread needs.", py::arg("max_seqlen"),
+        py::arg("head_dim"), py::arg("backward"));
   m.def(
       "attention_forward",
-      [](const Rows& q, const Rows& k, const Rows& v, const Rows& out, const Rows& lse, Address seqlens, Address order, bool packed,
-         int64_t tokens, int64_t sequences, int64_t max_seqlen, int64_t heads, int64_t head_dim, int dtype, float scale, Address rng,
-         uint32_t site, int threshold, Address scratch, int threads) {
+      [](const Rows& q, const Rows& k, const Rows& v, const Rows& out, const Rows& lse, Address seqlens, Address order,
+         bool packed, int64_t tokens, int64_t sequences, int64_t max_seqlen, int64_t heads, int64_t head_dim, int dtype,
+         float scale, Address rng, uint32_t site, int threshold, Address scratch, int threads) {
         Attention a;
-        if (attention_arguments(a, q, k, v, out, lse, seqlens, order, packed, tokens, sequences, max_seqlen, heads, head_dim, dtype,
-                                scale, rng, site, threshold, scratch, threads))
+        if (attention_arguments(a, q, k, v, out, lse, seqlens, order, packed, tokens, sequences, max_seqlen, heads,
+                                head_dim, dtype, scale, rng, site, threshold, scratch, threads))
           attention_forward(a);
       },
       ATTENTION_ARGUMENTS);
   m.def(
       "attention_backward",
-      [](const Rows& dout, const Rows& dq, const Rows& dk, const Rows& dv, const Rows& q, const Rows& k, const Rows& v, const Rows& out,
-         const Rows& lse, Address seqlens, Address order, bool packed, int64_t tokens, int64_t sequences, int64_t max_seqlen,
-         int64_t heads, int64_t head_dim, int dtype, float scale, Address rng, uint32_t site, int threshold, Address scratch,
-         int threads) {
+      [](const Rows& dout, const Rows& dq, const Rows& dk, const Rows& dv, const Rows& q, const Rows& k, const Rows& v,
+         const Rows& out, const Rows& lse, Address seqlens, Address order, bool packed, int64_t tokens,
+         int64_t sequences, int64_t max_seqlen, int64_t heads, int64_t head_dim, int dtype, float scale, Address rng,
+         uint32_t site, int threshold, Address scratch, int threads) {
         Attention a;
-        if (!attention_arguments(a, q, k, v, out, lse, seqlens, order, packed, tokens, sequences, max_seqlen, heads, head_dim, dtype,
-                                 scale, rng, site, threshold, scratch, threads))
+        if (!attention_arguments(a, q, k, v, out, lse, seqlens, order, packed, tokens, sequences, max_seqlen, heads,
+                                 head_dim, dtype, scale, rng, site, threshold, scratch, threads))
           return;
-        check_addresses("attention", {std::get<0>(dout), std::get<0>(dq), std::get<0>(dk), std::get<0>(dv), std::get<0>(lse)});
+        check_addresses("attention",
+                        {std::get<0>(dout), std::get<0>(dq), std::get<0>(dk), std::get<0>(dv), std::get<0>(lse)});
         attention_backward({a, head_rows(dout), head_rows(dq), head_rows(dk), head_rows(dv)});
       },
       py::arg("dout"), py::arg("dq"), py::arg("dk"), py::arg("dv"), ATTENTION_ARGUMENTS);
@@ -237,35 +264,38 @@ PYBIND11_MODULE(_C, m) {
         "Floats of workspace for the layer_norm and dropout_add kernels.");
   m.def(
       "layer_norm_fwd",
-      [](Address x, Address residual, Address x_bias, Address weight, Address bias, Address y, Address mean, Address rstd,
-         Address workspace, int64_t rows, int64_t columns, int dtype, Address rng, uint32_t site, int threshold, float eps,
-         int threads, const std::string& isa) {
-        const SumInputs sum = sum_inputs("layer_norm_fwd", x, residual, x_bias, rows, columns, dtype, rng, site, threshold);
+      [](Address x, Address residual, Address x_bias, Address weight, Address bias, Address y, Address mean,
+         Address rstd, Address workspace, int64_t rows, int64_t columns, int dtype, Address rng, uint32_t site,
+         int threshold, float eps, int threads, const std::string& isa) {
+        const SumInputs sum =
+            sum_inputs("layer_norm_fwd", x, residual, x_bias, rows, columns, dtype, rng, site, threshold);
         if (rows == 0 || columns == 0) return;
         check_addresses("layer_norm_fwd", {x, weight, bias, y, workspace});
         if ((mean == 0) != (rstd == 0)) throw std::invalid_argument("layer_norm_fwd: mean and rstd go together");
-        layer_norm_fwd({sum, pointer<const float>(weight), pointer<const float>(bias), eps, pointer(y), pointer<float>(mean),
-                        pointer<float>(rstd), pointer<float>(workspace), threads},
+        layer_norm_fwd({sum, pointer<const float>(weight), pointer<const float>(bias), eps, pointer(y),
+                        pointer<float>(mean), pointer<float>(rstd), pointer<float>(workspace), threads},
                        isa_named(isa));
       },
       py::arg("x"), py::arg("residual"), py::arg("x_bias"), py::arg("weight"), py::arg("bias"), py::arg("y"),
       py::arg("mean"), py::arg("rstd"), py::arg("workspace"), py::arg("rows"), py::arg("columns"), py::arg("dtype"),
-      py::arg("rng"), py::arg("site"), py::arg("threshold"), py::arg("eps"), py::arg("threads"), py::arg("isa") = "best",
-      py::call_guard<py::gil_scoped_release>());
+      py::arg("rng"), py::arg("site"), py::arg("threshold"), py::arg("eps"), py::arg("threads"),
+      py::arg("isa") = "best", py::call_guard<py::gil_scoped_release>());
   m.def(
       "layer_norm_bwd",
-      [](Address dy, Address x, Address residual, Address x_bias, Address weight, Address mean, Address rstd, Address dx,
-         Address dresidual, Address dweight, Address dbias, Address dx_bias, Address workspace, int64_t rows,
-         int64_t columns, int dtype, Address rng, uint32_t site, int threshold, int threads, const std::string& isa) {
-        const SumInputs sum = sum_inputs("layer_norm_bwd", x, residual, x_bias, rows, columns, dtype, rng, site, threshold);
+      [](Address dy, Address x, Address residual, Address x_bias, Address weight, Address mean, Address rstd,
+         Address dx, Address dresidual, Address dweight, Address dbias, Address dx_bias, Address workspace,
+         int64_t rows, int64_t columns, int dtype, Address rng, uint32_t site, int threshold, int threads,
+         const std::string& isa) {
+        const SumInputs sum =
+            sum_inputs("layer_norm_bwd", x, residual, x_bias, rows, columns, dtype, rng, site, threshold);
         if (columns == 0) return;
         check_addresses("layer_norm_bwd", {dweight, dbias});
         if (rows > 0) check_addresses("layer_norm_bwd", {dy, x, weight, mean, rstd, dresidual, workspace});
         if (rows > 0 && (dx == 0) != (residual == 0))
           throw std::invalid_argument("layer_norm_bwd: dx is written if and only if there is a residual");
-        layer_norm_bwd({sum, pointer(dy), pointer<const float>(weight), pointer<const float>(mean), pointer<const float>(rstd),
-                        pointer(dx), pointer(dresidual), pointer<float>(dweight), pointer<float>(dbias),
-                        pointer<float>(dx_bias), pointer<float>(workspace), threads},
+        layer_norm_bwd({sum, pointer(dy), pointer<const float>(weight), pointer<const float>(mean),
+                        pointer<const float>(rstd), pointer(dx), pointer(dresidual), pointer<float>(dweight),
+                        pointer<float>(dbias), pointer<float>(dx_bias), pointer<float>(workspace), threads},
                        isa_named(isa));
       },
       py::arg("dy"), py::arg("x"), py::arg("residual"), py::arg("x_bias"), py::arg("weight"), py::arg("mean"),
@@ -274,9 +304,10 @@ PYBIND11_MODULE(_C, m) {
       py::arg("threshold"), py::arg("threads"), py::arg("isa") = "best", py::call_guard<py::gil_scoped_release>());
   m.def(
       "dropout_add_fwd",
-      [](Address x, Address residual, Address x_bias, Address y, Address workspace, int64_t rows, int64_t columns, int dtype,
-         Address rng, uint32_t site, int threshold, int threads, const std::string& isa) {
-        const SumInputs sum = sum_inputs("dropout_add_fwd", x, residual, x_bias, rows, columns, dtype, rng, site, threshold);
+      [](Address x, Address residual, Address x_bias, Address y, Address workspace, int64_t rows, int64_t columns,
+         int dtype, Address rng, uint32_t site, int threshold, int threads, const std::string& isa) {
+        const SumInputs sum =
+            sum_inputs("dropout_add_fwd", x, residual, x_bias, rows, columns, dtype, rng, site, threshold);
         if (rows == 0 || columns == 0) return;
         check_addresses("dropout_add_fwd", {x, residual, y, workspace});
         dropout_add_fwd({sum, pointer(y), pointer<float>(workspace), threads}, isa_named(isa));
@@ -286,21 +317,21 @@ PYBIND11_MODULE(_C, m) {
       py::arg("isa") = "best", py::call_guard<py::gil_scoped_release>());
   m.def(
       "dropout_add_bwd",
-      [](Address dy, Address dx, Address dx_bias, Address workspace, int64_t rows, int64_t columns, int dtype, Address rng,
-         uint32_t site, int threshold, int threads, const std::string& isa) {
+      [](Address dy, Address dx, Address dx_bias, Address workspace, int64_t rows, int64_t columns, int dtype,
+         Address rng, uint32_t site, int threshold, int threads, const std::string& isa) {
         check_sizes("dropout_add_bwd", {rows, columns});
         check_threshold("dropout_add_bwd", threshold);
         const DType type = cpu_dtype("dropout_add_bwd", dtype);
         if (columns == 0) return;
         if (rows > 0) check_addresses("dropout_add_bwd", {dy, dx, workspace});
         if (threshold > 0) check_addresses("dropout_add_bwd", {rng});
-        dropout_add_bwd({pointer(dy), pointer(dx), pointer<float>(dx_bias), rows, columns, type, pointer<const int64_t>(rng),
-                         site, threshold, pointer<float>(workspace), threads},
+        dropout_add_bwd({pointer(dy), pointer(dx), pointer<float>(dx_bias), rows, columns, type,
+                         pointer<const int64_t>(rng), site, threshold, pointer<float>(workspace), threads},
                         isa_named(isa));
       },
       py::arg("dy"), py::arg("dx"), py::arg("dx_bias"), py::arg("workspace"), py::arg("rows"), py::arg("columns"),
-      py::arg("dtype"), py::arg("rng"), py::arg("site"), py::arg("threshold"), py::arg("threads"), py::arg("isa") = "best",
-      py::call_guard<py::gil_scoped_release>());
+      py::arg("dtype"), py::arg("rng"), py::arg("site"), py::arg("threshold"), py::arg("threads"),
+      py::arg("isa") = "best", py::call_guard<py::gil_scoped_release>());
 
   m.def("bias_gelu_workspace", &bias_gelu_workspace, py::arg("rows"), py::arg("columns"),
         "Floats of workspace for bias_gelu_bwd.");
@@ -312,24 +343,25 @@ PYBIND11_MODULE(_C, m) {
         const DType type = cpu_dtype("bias_gelu_fwd", dtype);
         if (rows == 0 || columns == 0) return;
         check_addresses("bias_gelu_fwd", {x, bias, y});
-        bias_gelu_fwd({pointer(x), pointer<const float>(bias), pointer(y), rows, columns, type, tanh, threads}, isa_named(isa));
+        bias_gelu_fwd({pointer(x), pointer<const float>(bias), pointer(y), rows, columns, type, tanh, threads},
+                      isa_named(isa));
       },
-      py::arg("x"), py::arg("bias"), py::arg("y"), py::arg("rows"), py::arg("columns"), py::arg("dtype"), py::arg("tanh"),
-      py::arg("threads"), py::arg("isa") = "best", py::call_guard<py::gil_scoped_release>());
+      py::arg("x"), py::arg("bias"), py::arg("y"), py::arg("rows"), py::arg("columns"), py::arg("dtype"),
+      py::arg("tanh"), py::arg("threads"), py::arg("isa") = "best", py::call_guard<py::gil_scoped_release>());
   m.def(
       "bias_gelu_bwd",
-      [](Address dy, Address x, Address bias, Address dx, Address dbias, Address workspace, int64_t rows, int64_t columns,
-         int dtype, bool tanh, int threads, const std::string& isa) {
+      [](Address dy, Address x, Address bias, Address dx, Address dbias, Address workspace, int64_t rows,
+         int64_t columns, int dtype, bool tanh, int threads, const std::string& isa) {
         check_sizes("bias_gelu_bwd", {rows, columns});
         const DType type = cpu_dtype("bias_gelu_bwd", dtype);
         if (columns == 0) return;
         check_addresses("bias_gelu_bwd", {bias, dbias});
         if (rows > 0) check_addresses("bias_gelu_bwd", {dy, x, dx, workspace});
-        bias_gelu_bwd({pointer(dy), pointer(x), pointer<const float>(bias), pointer(dx), pointer<float>(dbias), rows, columns,
-                       type, tanh, pointer<float>(workspace), threads},
+        bias_gelu_bwd({pointer(dy), pointer(x), pointer<const float>(bias), pointer(dx), pointer<float>(dbias), rows,
+                       columns, type, tanh, pointer<float>(workspace), threads},
                       isa_named(isa));
       },
-      py::arg("dy"), py::arg("x"), py::arg("bias"), py::arg("dx"), py::arg("dbias"), py::arg("workspace"), py::arg("rows"),
-      py::arg("columns"), py::arg("dtype"), py::arg("tanh"), py::arg("threads"), py::arg("isa") = "best",
-      py::call_guard<py::gil_scoped_release>());
+      py::arg("dy"), py::arg("x"), py::arg("bias"), py::arg("dx"), py::arg("dbias"), py::arg("workspace"),
+      py::arg("rows"), py::arg("columns"), py::arg("dtype"), py::arg("tanh"), py::arg("threads"),
+      py::arg("isa") = "best", py::call_guard<py::gil_scoped_release>());
 }

@@ -52,11 +52,13 @@ inline void row_bytes(PhiloxKey key, int64_t token, int64_t first, uint8_t* byte
   philox(key, c);
 #if defined(__AVX512F__)
   // Lane i's four words belong side by side: a 4 x 4 transposition inside the 128-bit parts, then of the parts.
-  const __m512i a = bit_cast<__m512i>(c[0]), b = bit_cast<__m512i>(c[1]), d = bit_cast<__m512i>(c[2]), e = bit_cast<__m512i>(c[3]);
+  const __m512i a = bit_cast<__m512i>(c[0]), b = bit_cast<__m512i>(c[1]), d = bit_cast<__m512i>(c[2]),
+                e = bit_cast<__m512i>(c[3]);
   const __m512i ab0 = _mm512_unpacklo_epi32(a, b), ab1 = _mm512_unpackhi_epi32(a, b);
   const __m512i de0 = _mm512_unpacklo_epi32(d, e), de1 = _mm512_unpackhi_epi32(d, e);
   const __m512i r0 = _mm512_unpacklo_epi64(ab0, de0), r1 = _mm512_unpackhi_epi64(ab0, de0);  // lanes 0 4 8 12, 1 5 9 13
-  const __m512i r2 = _mm512_unpacklo_epi64(ab1, de1), r3 = _mm512_unpackhi_epi64(ab1, de1);  // lanes 2 6 10 14, 3 7 11 15
+  const __m512i r2 = _mm512_unpacklo_epi64(ab1, de1),
+                r3 = _mm512_unpackhi_epi64(ab1, de1);  // lanes 2 6 10 14, 3 7 11 15
   const __m512i s0 = _mm512_shuffle_i32x4(r0, r1, 0x44), s1 = _mm512_shuffle_i32x4(r0, r1, 0xEE);
   const __m512i s2 = _mm512_shuffle_i32x4(r2, r3, 0x44), s3 = _mm512_shuffle_i32x4(r2, r3, 0xEE);
   _mm512_storeu_si512(bytes, _mm512_shuffle_i32x4(s0, s2, 0x88));
@@ -74,7 +76,8 @@ inline void row_bytes(PhiloxKey key, int64_t token, int64_t first, uint8_t* byte
 
 // Bytes of keys [0, 64 * blocks) of queries [query, query + kMaskQueries), a query after the other.
 constexpr int kMaskQueries = 4;
-inline void attention_bytes(PhiloxKey key, uint32_t sequence, uint32_t head, uint32_t query, uint32_t blocks, uint8_t* bytes) {
+inline void attention_bytes(PhiloxKey key, uint32_t sequence, uint32_t head, uint32_t query, uint32_t blocks,
+                            uint8_t* bytes) {
   uint32_t block = 0;
   for (int64_t group = 0; group < kMaskQueries * static_cast<int64_t>(blocks); group += kLanes / 4) {
     // Four neighbouring lanes, t = 0..3, draw for the 64 keys of a block: short sequences share a call.

@@ -5,9 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor
-
 from oracle import assert_as_accurate_as_torch
+from torch import Tensor
 
 from stackbert_kernels import ops
 from stackbert_kernels.ops import philox
@@ -106,7 +105,7 @@ def test_scale_and_odd_head_dimensions():
         dy = torch.randn(73, 1, head_dim)
         run = {
             impl: with_gradient(
-                lambda x, i=impl: ops.attention_qkv_varlen(x, cu, 70, scale=0.3, impl=i), x, dy.to(x.dtype)
+                lambda x, cu=cu, i=impl: ops.attention_qkv_varlen(x, cu, 70, scale=0.3, impl=i), x, dy.to(x.dtype)
             )
             for impl, x in (("native", qkv), ("reference", qkv.double()))
         }
@@ -315,9 +314,9 @@ def test_bad_input():
         ops.attention_varlen(x, x, x, int32(0, 4), 4)
     with pytest.raises(ValueError, match=r"attention_qkv_varlen: qkv must be \[T, 3, H, D\], got \[1, 4, 2, 8\]"):
         ops.attention_qkv_varlen(x, int32(0, 4), 4)
-    with pytest.raises(TypeError, match="q must be floating point, got torch.int64"):
+    with pytest.raises(TypeError, match=r"q must be floating point, got torch\.int64"):
         ops.attention(x.long(), x, x)
-    with pytest.raises(TypeError, match="k must be torch.float32 on cpu as q is, got torch.bfloat16"):
+    with pytest.raises(TypeError, match=r"k must be torch\.float32 on cpu as q is, got torch\.bfloat16"):
         ops.attention(x, x.bfloat16(), x)
     with pytest.raises(ValueError, match=r"v must be \[1, 4, 2, 8\] as q is, got \[1, 3, 2, 8\]"):
         ops.attention(x, x, x[:, :3])

@@ -14,7 +14,9 @@ from torch import Tensor
 
 try:
     from stackbert_kernels import _C
-except ImportError as error:  # a source tree without the compiled module still runs its reference; `doctor` shows this reason
+except (
+    ImportError
+) as error:  # a source tree without the compiled module still runs its reference; `doctor` shows this reason
     _C = None
     WHY_NO_NATIVE = WHY_NO_NATIVE_CUDA = f"the compiled module cannot be imported: {error}"
 else:
@@ -28,6 +30,7 @@ NATIVE_DTYPES = {torch.float32: 0, torch.bfloat16: 1}  # csrc/common/dtype.h
 HUGE_PAGES_FROM = 4 << 20  # bytes: two 2 MB pages
 
 LIBRARY = torch.library.Library("stackbert", "DEF")
+
 
 def why_no_native(device: str) -> str | None:
     return WHY_NO_NATIVE_CUDA if device == "cuda" else WHY_NO_NATIVE
