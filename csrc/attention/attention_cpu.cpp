@@ -57,6 +57,13 @@ void write_row(const float* x, float factor, int64_t columns, T* y) {
   if (c < columns) store_first(y + c, load(x + c) * factor, static_cast<int>(columns - c));
 }
 
+// Asks for rows [first, first + kQueryBlock) of a head, a block's products before they are needed.
+template <typename T>
+void prefetch_rows(const HeadRows& x, const Head& h, int64_t first, int64_t columns) {
+  const int64_t end = first + kQueryBlock < h.length ? first + kQueryBlock : h.length;
+  for (int64_t row = first; row < end; ++row) prefetch_row(rows_of<const T>(x, h) + row * x.token, columns);
+}
+
 // Zeros in the padding after a sequence.
 template <typename T>
 void clear_padding(const Attention& a, const HeadRows& x, const Head& h) {
@@ -117,12 +124,13 @@ void softmax_backward_row(float* p, float* dp, int64_t length, float lse, float 
                           int threshold, float scale) {
   for (int64_t c = 0; c < length; c += kLanes) {
     const Floats e = exp2(load(p + c) - lse);
-    Floats kept = e, gradient = load(dp + c);
+    Floats probability = e, gradient = load(dp + c);
     if (kDropout) {
-      kept = keep(e, bytes + c, threshold, scale);
-      gradient = keep(gradient, bytes + c, threshold, scale);
+      const Kept lanes = kept_lanes(bytes + c, threshold);
+      probability = kept(lanes, e, scale);
+      gradient = kept(lanes, gradient, scale);
     }
-    store(p + c, kept);
+    store(p + c, probability);
     store(dp + c, e * (gradient - delta));
   }
 }
@@ -152,6 +160,7 @@ void forward_head(const Attention& a, const Head& h, float* thread_scratch) {
   float* out = scratch.take(kQueryBlock * wide);
   float* p = scratch.take(kQueryBlock * score_row);
   Mask mask(a, h, scratch.take(round_up(h.length, 64)));
+  prefetch_rows<T>(a.q, h, 0, d);
   pack_transposed(rows_of<const T>(a.k, h), a.k.token, h.length, d, k_t);
   pack_panels(rows_of<const T>(a.v, h), a.v.token, h.length, d, 1.f, v);
   const T* q_rows = rows_of<const T>(a.q, h);
@@ -161,6 +170,8 @@ void forward_head(const Attention& a, const Head& h, float* thread_scratch) {
   for (int64_t first = 0; first < h.length; first += kQueryBlock) {
     const int64_t rows = h.length - first < kQueryBlock ? h.length - first : kQueryBlock;
     for (int64_t i = 0; i < rows; ++i) load_row(q_rows + (first + i) * a.q.token, a.scale * kLog2E, d, q + i * wide);
+    prefetch_rows<T>(a.q, h, first + kQueryBlock, d);
+    prefetch_rows<T>(a.out, h, first, d);
     gemm(rows, keys, d, q, wide, 1, k_t, d, p, score_row, false);
     float factor[kQueryBlock];
     for (int64_t i = 0; i < rows; ++i) {
@@ -197,6 +208,7 @@ void backward_head(const AttentionBackward& b, const Head& h, float* thread_scra
   float* p = scratch.take(kQueryBlock * score_row);
   float* dp = scratch.take(kQueryBlock * score_row);
   Mask mask(a, h, scratch.take(round_up(h.length, 64)));
+  for (const HeadRows* x : {&a.q, &b.dout, &a.out}) prefetch_rows<T>(*x, h, 0, d);
   pack_transposed(rows_of<const T>(a.k, h), a.k.token, h.length, d, k_t);
   pack_transposed(rows_of<const T>(a.v, h), a.v.token, h.length, d, v_t);
   pack_panels(rows_of<const T>(a.k, h), a.k.token, h.length, d, a.scale, k);
@@ -214,6 +226,8 @@ void backward_head(const AttentionBackward& b, const Head& h, float* thread_scra
     }
     pack_panels(q, wide, rows, wide, 1.f, q_panels);
     pack_panels(dout, wide, rows, wide, 1.f, dout_panels);
+    for (const HeadRows* x : {&a.q, &b.dout, &a.out}) prefetch_rows<T>(*x, h, first + kQueryBlock, d);
+    for (const HeadRows* x : {&b.dq, &b.dk, &b.dv}) prefetch_rows<T>(*x, h, first, d);
     gemm(rows, keys, d, q, wide, 1, k_t, d, p, score_row, false);
     gemm(rows, keys, d, dout, wide, 1, v_t, d, dp, score_row, false);
     for (int64_t i = 0; i < rows; ++i) {

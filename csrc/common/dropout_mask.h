@@ -110,11 +110,35 @@ inline void attention_bytes(PhiloxKey key, uint32_t sequence, uint32_t head, uin
   }
 }
 
-// x * scale where byte >= threshold, 0 elsewhere.
-inline Floats keep(Floats x, const uint8_t* bytes, int threshold, float scale) {
+// Which of kLanes elements are kept, byte >= threshold, as a condition for `kept`.
+#if defined(__AVX512F__)
+typedef __mmask16 Kept;
+inline Kept kept_lanes(const uint8_t* bytes, int threshold) {
+  __m128i random;
+  std::memcpy(&random, bytes, sizeof random);
+  return _mm_cmpge_epu8_mask(random, _mm_set1_epi8(static_cast<char>(threshold)));
+}
+inline Floats kept(Kept lanes, Floats x, float scale) {
+  return bit_cast<Floats>(_mm512_maskz_mul_ps(lanes, bit_cast<__m512>(x), _mm512_set1_ps(scale)));
+}
+#else
+typedef Ints Kept;
+inline Kept kept_lanes(const uint8_t* bytes, int threshold) {
   Bytes random;
   std::memcpy(&random, bytes, sizeof random);
-  return select(__builtin_convertvector(random, Ints) >= threshold, x * scale, Floats{});
+#if defined(__AVX2__)
+  const Ints wide = bit_cast<Ints>(_mm256_cvtepu8_epi32(_mm_set1_epi64x(bit_cast<int64_t>(random))));
+#else
+  const Ints wide = __builtin_convertvector(random, Ints);
+#endif
+  return wide >= threshold;
+}
+inline Floats kept(Kept lanes, Floats x, float scale) { return select(lanes, x * scale, Floats{}); }
+#endif
+
+// x * scale where byte >= threshold, 0 elsewhere.
+inline Floats keep(Floats x, const uint8_t* bytes, int threshold, float scale) {
+  return kept(kept_lanes(bytes, threshold), x, scale);
 }
 
 }  // namespace STACKBERT_ISA

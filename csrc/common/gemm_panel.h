@@ -93,6 +93,14 @@ inline void gemm(int64_t rows, int64_t columns, int64_t depth, const float* a, i
   }
 }
 
+// Asks for the row at x before it is needed. Rows of strided tensors are a page apart, where the hardware does not look
+// ahead.
+constexpr int64_t kRowsAhead = 16;
+template <typename T>
+inline void prefetch_row(const T* x, int64_t columns) {
+  for (int64_t c = 0; c < columns; c += 64 / static_cast<int64_t>(sizeof(T))) __builtin_prefetch(x + c);
+}
+
 // Packs x [rows, columns], rows `stride` elements apart and dense inside, times factor; columns up to the next multiple
 // of kLanes become zero.
 template <typename T>
@@ -100,12 +108,14 @@ void pack_panels(const T* x, int64_t stride, int64_t rows, int64_t columns, floa
   const int64_t padded = round_up(columns, kLanes);
   for (int64_t first = 0; first < padded; first += kPanel) {
     const int64_t width = padded - first < kPanel ? padded - first : kPanel;
-    for (int64_t row = 0; row < rows; ++row, panels += width)
+    for (int64_t row = 0; row < rows; ++row, panels += width) {
+      if (first == 0) prefetch_row(x + (row + kRowsAhead) * stride, columns);
       for (int64_t c = first; c < first + width; c += kLanes) {
         const T* from = x + row * stride + c;
         store(panels + c - first,
               (c + kLanes <= columns ? load(from) : load_first(from, static_cast<int>(columns - c))) * factor);
       }
+    }
   }
 }
 
@@ -141,20 +151,22 @@ void pack_transposed(const T* x, int64_t stride, int64_t rows, int64_t columns, 
   const int64_t padded = round_up(rows, kLanes);
   for (int64_t first = 0; first < padded; first += kPanel) {
     const int64_t width = padded - first < kPanel ? padded - first : kPanel;
-    for (int64_t row = first; row < first + width; row += kLanes)
+    for (int64_t row = first; row < first + width; row += kLanes) {
+      for (int i = 0; i < kLanes; ++i) prefetch_row(x + (row + kRowsAhead + i) * stride, columns);
       for (int64_t c = 0; c < columns; c += kLanes) {
-        const int64_t part = columns - c < kLanes ? columns - c : kLanes;
+        const int part = columns - c < kLanes ? static_cast<int>(columns - c) : kLanes;
+        const T* from = x + row * stride + c;
         Floats block[kLanes];
-        for (int i = 0; i < kLanes; ++i) {
-          const T* from = x + (row + i) * stride + c;
-          if (row + i >= rows)
-            block[i] = Floats{};
-          else
-            block[i] = part == kLanes ? load(from) : load_first(from, static_cast<int>(part));
+        if (part == kLanes && row + kLanes <= rows) {
+#pragma GCC unroll 16
+          for (int i = 0; i < kLanes; ++i) block[i] = load(from + i * stride);
+        } else {
+          for (int i = 0; i < kLanes; ++i) block[i] = row + i < rows ? load_first(from + i * stride, part) : Floats{};
         }
         transpose(block);
-        for (int64_t i = 0; i < part; ++i) store(panels + (c + i) * width + row - first, block[i]);
+        for (int i = 0; i < part; ++i) store(panels + (c + i) * width + row - first, block[i]);
       }
+    }
     panels += width * columns;
   }
 }
