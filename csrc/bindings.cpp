@@ -144,7 +144,7 @@ bool attention_arguments(Attention& a, const Rows& q, const Rows& k, const Rows&
   py::arg("q"), py::arg("k"), py::arg("v"), py::arg("out"), py::arg("lse"), py::arg("seqlens"), py::arg("order"),     \
       py::arg("packed"), py::arg("tokens"), py::arg("sequences"), py::arg("max_seqlen"), py::arg("heads"),            \
       py::arg("head_dim"), py::arg("dtype"), py::arg("scale"), py::arg("rng"), py::arg("site"), py::arg("threshold"), \
-      py::arg("scratch"), py::arg("threads"), py::call_guard<py::gil_scoped_release>()
+      py::arg("scratch"), py::arg("threads"), py::arg("isa") = "best", py::call_guard<py::gil_scoped_release>()
 
 SumInputs sum_inputs(const char* op, Address x, Address residual, Address x_bias, int64_t rows, int64_t columns,
                      int dtype, Address rng, uint32_t site, int threshold) {
@@ -237,11 +237,11 @@ PYBIND11_MODULE(_C, m) {
       "attention_forward",
       [](const Rows& q, const Rows& k, const Rows& v, const Rows& out, const Rows& lse, Address seqlens, Address order,
          bool packed, int64_t tokens, int64_t sequences, int64_t max_seqlen, int64_t heads, int64_t head_dim, int dtype,
-         float scale, Address rng, uint32_t site, int threshold, Address scratch, int threads) {
+         float scale, Address rng, uint32_t site, int threshold, Address scratch, int threads, const std::string& isa) {
         Attention a;
         if (attention_arguments(a, q, k, v, out, lse, seqlens, order, packed, tokens, sequences, max_seqlen, heads,
                                 head_dim, dtype, scale, rng, site, threshold, scratch, threads))
-          attention_forward(a);
+          attention_forward(a, isa_named(isa));
       },
       ATTENTION_ARGUMENTS);
   m.def(
@@ -249,14 +249,14 @@ PYBIND11_MODULE(_C, m) {
       [](const Rows& dout, const Rows& dq, const Rows& dk, const Rows& dv, const Rows& q, const Rows& k, const Rows& v,
          const Rows& out, const Rows& lse, Address seqlens, Address order, bool packed, int64_t tokens,
          int64_t sequences, int64_t max_seqlen, int64_t heads, int64_t head_dim, int dtype, float scale, Address rng,
-         uint32_t site, int threshold, Address scratch, int threads) {
+         uint32_t site, int threshold, Address scratch, int threads, const std::string& isa) {
         Attention a;
         if (!attention_arguments(a, q, k, v, out, lse, seqlens, order, packed, tokens, sequences, max_seqlen, heads,
                                  head_dim, dtype, scale, rng, site, threshold, scratch, threads))
           return;
         check_addresses("attention",
                         {std::get<0>(dout), std::get<0>(dq), std::get<0>(dk), std::get<0>(dv), std::get<0>(lse)});
-        attention_backward({a, head_rows(dout), head_rows(dq), head_rows(dk), head_rows(dv)});
+        attention_backward({a, head_rows(dout), head_rows(dq), head_rows(dk), head_rows(dv)}, isa_named(isa));
       },
       py::arg("dout"), py::arg("dq"), py::arg("dk"), py::arg("dv"), ATTENTION_ARGUMENTS);
 

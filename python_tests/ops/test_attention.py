@@ -16,6 +16,7 @@ from stackbert_kernels.ops.attention.native import _rows
 
 # Nothing, one token, less than a vector of scores more than two, a panel of keys, one more, several query blocks, a rest of rows.
 LENGTHS = (0, 1, 37, 64, 65, 128, 200)
+ISAS = ("generic", "avx2", "avx512")
 HEAD_DIMS = (16, 32, 64, 80, 128)
 
 
@@ -208,23 +209,40 @@ def test_threads_and_repeats_do_not_change_a_bit():
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
 
 
-def test_writes_stay_inside_the_outputs():
-    """Guard bands of NaN around outputs that are NaN beforehand: the bands survive, the inside does not."""
-    lengths, heads, head_dim = (37, 0, 65), 2, 40
-    qkv, cu, rng = qkv_of(lengths, heads, head_dim, torch.float32), cumulative(lengths), ops.new_rng(0)
-    shapes = {"out": (102, heads, head_dim), "lse": (heads, 102), "dqkv": (102, 3, heads, head_dim)}
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("head_dim", [40, 64])
+@pytest.mark.parametrize("isa", ISAS)
+def test_kernels_stay_inside_their_outputs(isa, head_dim, dtype):
+    """On every instruction set: outputs are NaN beforehand, between guard bands of NaN that survive, and right afterwards."""
+    if ISAS.index(isa) > ISAS.index(native._C.isa()):
+        pytest.skip(f"this machine does not run {isa}")
+    lengths, heads = (37, 0, 130), 2
+    qkv, cu, rng = qkv_of(lengths, heads, head_dim, dtype), cumulative(lengths), ops.new_rng(0)
+    dy = torch.randn(len(qkv), heads, head_dim).to(dtype)
+    shapes = {"out": dy.shape, "lse": (heads, len(qkv)), "dqkv": qkv.shape}
     band = 256
-    buffers = {name: torch.full((torch.Size(s).numel() + 2 * band,), float("nan")) for name, s in shapes.items()}
+    buffers = {
+        name: torch.full(
+            (torch.Size(s).numel() + 2 * band,), float("nan"), dtype=torch.float32 if name == "lse" else dtype
+        )
+        for name, s in shapes.items()
+    }
     inner = {name: buffers[name][band:-band].view(shape) for name, shape in shapes.items()}
-    q, k, v = qkv.unbind(1)
-    arguments = (q, k, v, inner["out"], inner["lse"], cu, 65, 0.1, rng, 0, 26)
-    native._run(native._C.attention_forward, (), *arguments)
-    dout = torch.randn(102, heads, head_dim)
-    gradients = (_rows(dout), *(_rows(x) for x in inner["dqkv"].unbind(1)))
-    native._run(native._C.attention_backward, gradients, *arguments)
+    arguments = (*qkv.unbind(1), inner["out"], inner["lse"], cu, 130, 0.1, rng, 0, 26)
+    native._run(native._C.attention_forward, (), *arguments, isa=isa)
+    gradients = (_rows(dy), *(_rows(x) for x in inner["dqkv"].unbind(1)))
+    native._run(native._C.attention_backward, gradients, *arguments, isa=isa)
+
+    def exactly(x):
+        return ops.attention_qkv_varlen(x, cu, 130, dropout_p=0.1, rng=rng, scale=0.1, impl="reference")
+
+    exact = dict(zip(("out", "dqkv"), with_gradient(exactly, qkv.double(), dy), strict=True))
     for name in shapes:
         assert torch.isfinite(inner[name]).all(), name
         assert buffers[name][:band].isnan().all() and buffers[name][-band:].isnan().all(), name
+    for name, wanted in exact.items():  # tens of roundings, against the largest value; a wrong mask bit is far outside
+        atol = 20 * torch.finfo(dtype).eps * wanted.abs().max().item()
+        torch.testing.assert_close(inner[name].double(), wanted, rtol=0, atol=atol)
 
 
 def test_no_gradient_stores_no_log_sum_exp(monkeypatch):

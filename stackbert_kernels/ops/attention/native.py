@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from stackbert_kernels.ops._library import _C, NATIVE_DTYPES
+from stackbert_kernels.ops._library import _C, NATIVE_DTYPES, empty_like
 from stackbert_kernels.ops.attention.reference import lse_shape
 
 # Everything goes to the compiled module as (address, stride of a sequence, of a token, of a head); packed tensors have no first stride.
@@ -14,7 +14,7 @@ Rows = tuple[int, int, int, int]
 
 def forward(q, k, v, seqlens, max_seqlen, scale, rng, site, threshold, with_lse) -> tuple[Tensor, Tensor]:
     q, k, v = _dense_last(q), _dense_last(k), _dense_last(v)
-    out = torch.empty_like(q, memory_format=torch.contiguous_format)
+    out = empty_like(q)
     lse = q.new_empty(lse_shape(q) if with_lse else (0,), dtype=torch.float32)
     _run(_C.attention_forward, (), q, k, v, out, lse, seqlens, max_seqlen, scale, rng, site, threshold)
     return out, lse
@@ -24,7 +24,7 @@ def backward(
     dout, q, k, v, out, lse, seqlens, max_seqlen, scale, rng, site, threshold
 ) -> tuple[Tensor, Tensor, Tensor]:
     q, k, v, dout = _dense_last(q), _dense_last(k), _dense_last(v), _dense_last(dout)
-    dq, dk, dv = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
+    dq, dk, dv = (empty_like(x) for x in (q, k, v))
     gradients = (_rows(dout), _rows(dq), _rows(dk), _rows(dv))
     _run(_C.attention_backward, gradients, q, k, v, out, lse, seqlens, max_seqlen, scale, rng, site, threshold)
     return dq, dk, dv
@@ -37,13 +37,13 @@ def qkv_forward(qkv, *arguments) -> tuple[Tensor, Tensor]:
 def qkv_backward(dout, qkv, out, lse, seqlens, max_seqlen, scale, rng, site, threshold) -> Tensor:
     q, k, v = (_dense_last(x) for x in qkv.unbind(1))
     dout = _dense_last(dout)
-    dqkv = torch.empty_like(qkv, memory_format=torch.contiguous_format)
+    dqkv = empty_like(qkv)
     gradients = (_rows(dout), *(_rows(dx) for dx in dqkv.unbind(1)))
     _run(_C.attention_backward, gradients, q, k, v, out, lse, seqlens, max_seqlen, scale, rng, site, threshold)
     return dqkv
 
 
-def _run(kernel, gradients, q, k, v, out, lse, seqlens, max_seqlen, scale, rng, site, threshold) -> None:
+def _run(kernel, gradients, q, k, v, out, lse, seqlens, max_seqlen, scale, rng, site, threshold, isa="best") -> None:
     packed = q.dim() == 3
     lengths = seqlens.diff() if packed else seqlens
     order = lengths.argsort(descending=True, stable=True).to(torch.int32)
@@ -72,6 +72,7 @@ def _run(kernel, gradients, q, k, v, out, lse, seqlens, max_seqlen, scale, rng, 
         threshold=threshold,
         scratch=scratch.data_ptr(),
         threads=threads,
+        isa=isa,
     )
 
 
