@@ -275,7 +275,10 @@ def _doctor(command: Doctor) -> int:
     from stackbert_kernels.doctor import doctor, render
 
     report = doctor()
-    _print(report) if command.json else print(render(report))
+    if command.json:
+        _print(report)
+    else:
+        print(render(report))
     return DONE if report["passed"] else FAILED
 
 

@@ -43,7 +43,7 @@ class State:
     tokens: int = 0
     flops: float = 0.0
     seconds: float = 0.0
-    """Of training and growth; evaluation, saving and preparation are not in it."""
+    """Of training and growth, waiting for batches included; evaluation, saving and preparation are not in it."""
     skipped: int = 0
     skipped_in_row: int = 0
     since_log: dict[str, float] = field(
@@ -80,19 +80,9 @@ def execute(run: Run, *, progress: bool = True) -> dict:
         held_out = [batch.to(device) for batch in heldout(run.data, config.data, config.model.objective, config.seed)]
         stream = batches.prefetch(state.step, config.optim.accumulate)
         with closing(stream), closing(Metrics(run.metrics)) as metrics, _stop_signals() as stopped_by:
+            log = _Log(metrics, state)
             for span in spans[_index(spans, state.step) :]:
                 stage, cost = span.stage, flops_per_token(config, span.stage)
-
-                def log(event: str, span: Span = span, **values) -> None:
-                    place = {
-                        "step": state.step,
-                        "stage": span.index,
-                        "depth": span.stage.depth,
-                        "train_from": span.stage.train_from,
-                    }
-                    metrics.append(
-                        event, **place, tokens=state.tokens, flops=state.flops, seconds=state.seconds, **values
-                    )
 
                 if state.step == span.first:
                     started = time.perf_counter()
@@ -102,14 +92,14 @@ def execute(run: Run, *, progress: bool = True) -> dict:
                     state.seconds += time.perf_counter() - started
                     state.stage_seconds.append([])
                     if span.grows:
-                        log("growth", operator=stage.grow, from_depth=depth, layer_map=rows)
+                        log(span, "growth", operator=stage.grow, from_depth=depth, layer_map=rows)
                     predicted = relative_step_cost(config, stage)
-                    log("stage", name=span.name, steps=stage.steps, predicted_cost=predicted, kernels=kernels)
+                    log(span, "stage", name=span.name, steps=stage.steps, predicted_cost=predicted, kernels=kernels)
                     console.stage(span, len(spans), predicted)
 
                 for step in range(state.step, span.last):
-                    parts = next(stream)
                     started = time.perf_counter()
+                    parts = next(stream)
                     lr = span.lr(step)
                     loss, norm, skipped = _step(model, optimizer, [p.to(device) for p in parts], step, lr, config)
                     tokens, seconds = sum(p.tokens for p in parts), time.perf_counter() - started
@@ -117,19 +107,19 @@ def execute(run: Run, *, progress: bool = True) -> dict:
                     console.step(state.step, span, loss, lr, tokens / seconds)
 
                     if state.step % config.log_every == 0 or state.step == span.last:
-                        log("step", loss=_mean_loss(state), lr=lr, grad_norm=norm, **_interval(state))
+                        log(span, "step", loss=_mean_loss(state), lr=lr, grad_norm=norm, **_interval(state))
                         console.logged(_mean_loss(state))
                         state.since_log = State().since_log
                     failed = state.skipped_in_row >= config.optim.skip_limit
                     ends = bool(stopped_by) or failed
                     if state.step % config.eval_every == 0 or state.step == span.last:
                         state.eval = _evaluate(model, held_out, config, batches)
-                        log("eval", **state.eval)
+                        log(span, "eval", **state.eval)
                         console.evaluated(state.step, state.eval)
                     if state.step % config.checkpoint_every == 0 or state.step == span.last or ends:
                         metrics.sync()
                         path = _save(run, model, optimizer, state)
-                        log("checkpoint", path=str(path.relative_to(run.directory)))
+                        log(span, "checkpoint", path=_inside(run, path))
                     if failed:
                         return _failed(run, state, path)
                     if ends and state.step < config.steps:
@@ -138,7 +128,7 @@ def execute(run: Run, *, progress: bool = True) -> dict:
             seconds = [statistics.median(s) for s in state.stage_seconds]
             if exportable(run, console):
                 export(run, model)
-            log("end", **state.eval, stage_seconds=seconds, skipped=state.skipped)
+            log(spans[-1], "end", **state.eval, stage_seconds=seconds, skipped=state.skipped)
     write_report(run.directory)
     return _finished(run, f"finished: {run.directory}")
 
@@ -173,6 +163,19 @@ def _step(
 
 def _precision(config: TrainConfig, device: torch.device):
     return torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16")
+
+
+class _Log:
+    """Appends an event with the place in the run that every line has."""
+
+    def __init__(self, metrics: Metrics, state: State):
+        self.metrics, self.state = metrics, state
+
+    def __call__(self, span: Span, event: str, **values) -> None:
+        state, stage = self.state, span.stage
+        place = {"step": state.step, "stage": span.index, "depth": stage.depth, "train_from": stage.train_from}
+        spent = {"tokens": state.tokens, "flops": state.flops, "seconds": state.seconds}
+        self.metrics.append(event, **place, **spent, **values)
 
 
 def _count(state: State, span: Span, loss: float, tokens: int, cost: float, seconds: float, skipped: bool) -> None:
@@ -239,6 +242,10 @@ def _save(run: Run, model: Bert, optimizer: AdamW, state: State) -> Path:
     return checkpoint.save(run.checkpoints, state.step, tensors, documents, keep=run.config.keep)
 
 
+def _inside(run: Run, path: Path) -> str:
+    return str(path.relative_to(run.directory))
+
+
 def _restore(run: Run, model: Bert, optimizer: AdamW, console: Console) -> State:
     """Puts the newest valid checkpoint in place, and the log back to where it was then; a new State where there is none."""
     path = checkpoint.latest(run.checkpoints, warn=console.line)
@@ -267,9 +274,7 @@ def _restore(run: Run, model: Bert, optimizer: AdamW, console: Console) -> State
         in_log = cut_metrics(run.metrics, state.step)
         if not in_log:
             with closing(Metrics(run.metrics)) as metrics:
-                metrics.append(
-                    "checkpoint", step=state.step, tokens=state.tokens, flops=state.flops, seconds=state.seconds
-                )
+                _Log(metrics, state)(spans[_index(spans, state.step - 1)], "checkpoint", path=_inside(run, path))
         console.line(f"going on from {path.name} of {run.config.steps} steps in {run.directory}")
     return state
 
