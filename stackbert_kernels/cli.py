@@ -176,22 +176,25 @@ def _parse(arguments: list[str]):
 
 
 def _one_line(page: str) -> str:
-    """The message of a tyro error box: what precedes its first rule, and the option that it takes for the one meant."""
+    """The message of a tyro error box: what stands above its first rule, and the option that it takes for the one meant."""
     plain = re.sub(r"\x1b\[[0-9;]*m", "", page)
     rows = [row.strip("│ ") for row in plain.splitlines() if not row.startswith(("╭", "╰"))]
-    rules = [i for i, row in enumerate(rows) if row.startswith("──")]
-    message = " ".join(rows[: rules[0] if rules else None])
+    rows = [row for row in rows if row]
+    if "╭" not in plain:  # where stdout is not UTF-8, title and rule stand where the box's upper edge would be
+        rows = rows[2:]
+    end = next((i for i, row in enumerate(rows) if not row.strip("─-")), len(rows))
+    message, rest = " ".join(rows[:end]), rows[end:]
     message = re.sub(r"^Error parsing (__tyro-dummy-inner__\.)?\w+: (?=[a-z_]+[: ])", "", message)
     message = message.replace("__tyro-dummy-inner__.", "").removeprefix("Error parsing ")
     message = message.replace("invalid literal for int() with base 10:", "wanted a whole number, got")
     message = message.replace("could not convert string to float:", "wanted a number, got")
-    meant = next(
-        (row.split()[0].rstrip(",") for i, row in enumerate(rows) if row.startswith("--") and i > rules[0]), None
-    )
-    commands = next((row for row in rows if row.startswith("Available subcommands: ")), None)
+    if not message.startswith("Unrecognized"):
+        return message
+    commands = next((row for row in rest if row.startswith("Available subcommands: ")), None)
     if commands:
         return f"{message}; commands are {commands.removeprefix('Available subcommands: ')}"
-    return message + (f"; did you mean {meant}?" if meant and "Unrecognized" in message else "")
+    meant = next((row.split()[0].rstrip(",") for row in rest if row.startswith("--") and row.strip("-")), None)
+    return f"{message}; did you mean {meant}?" if meant else message
 
 
 def complain(reason: object, code: int) -> int:

@@ -1,0 +1,238 @@
+"""The command line: one line and exit code 2 for what is wrong, before anything slow is loaded; results for people and as JSON."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+
+import pytest
+
+from stackbert_kernels import __version__
+from stackbert_kernels.cli import Pretrain, _one_line, _parse, main
+from stackbert_kernels.config import ConfigError, DataConfig, ModelConfig, OptimConfig, TrainConfig
+from stackbert_kernels.recipes import MsltOptions, baseline, mslt
+
+SMALL = "--layers 4 --hidden 32 --heads 2 --seq-len 16 --max-position 16 --batch-tokens 64 --train-vocab-size 100 --mslt.stages 2 --heldout 0.1"
+
+
+@pytest.fixture
+def text(tmp_path, monkeypatch):
+    """A folder to work in, with text.txt."""
+    monkeypatch.chdir(tmp_path)
+    words = ["return", "the", "value", "of", "every", "list", "that", "has", "a", "length", "and", "a", "name"]
+    documents = [" ".join(words[(i + j) % len(words)] for j in range(12)) + "." for i in range(60)]
+    (tmp_path / "text.txt").write_text("\n\n".join(documents))
+    (tmp_path / "empty.txt").write_text("")
+    return tmp_path
+
+
+def run(line, capsys):
+    """(exit code, stdout, stderr); --help and tyro leave by SystemExit."""
+    try:
+        code = main(line.split())
+    except SystemExit as end:
+        code = end.code or 0
+    return code, *capsys.readouterr()
+
+
+BAD = {
+    "": "Expected one of {pretrain, prepare, doctor, grow, checkpoint}",
+    "train": "Unrecognized options: train; commands are pretrain, prepare, doctor, grow, checkpoint",
+    "pretrain text.txt": "Missing from stackbert pretrain: --out",
+    "pretrain --out run": "text must name at least one file, glob or directory, got none",
+    "pretrain text.txt --out run --layer 3": "Unrecognized options: --layer, 3; did you mean --layers?",
+    "pretrain text.txt --out run --layers x": "--layers: wanted a whole number, got 'x'",
+    "pretrain text.txt --out run --lr fast": "--lr: wanted a number, got 'fast'",
+    "pretrain text.txt --out run --recipe foo": "'foo' for argument '--recipe'",
+    "pretrain text.txt --out run --hidden 100 --heads 3": "hidden must be divisible by heads, got hidden 100, heads 3",
+    "pretrain text.txt --out run --dropout 2": "dropout must be in [0, 0.998), got 2.0",
+    "pretrain text.txt --out run --precision fp16": "precision must be one of fp32, bf16, got 'fp16'",
+    "pretrain text.txt --out run --device tpu": "device must be auto, cpu, cuda or cuda:N, got 'tpu'",
+    "pretrain text.txt --out run --steps 0": "steps must be > 0",
+    "pretrain text.txt --out run --seq-len 1024": "seq_len must be <= max_position, got seq_len 1024, max_position 512",
+    "pretrain text.txt --out run --layers 10": "mslt: layers must be divisible by stages, got layers 10, stages 4",
+    "pretrain text.txt --out run --mslt.joint 1.5": "joint must be in [0, 1), got 1.5",
+    "pretrain text.txt --out run --mslt.stages 2 --steps 100 --mslt.stage-weights 1 2 3": "stage_weights must have 2 numbers",
+    "pretrain text.txt --out run --mslt.stages 2 --mslt.init stack": "init must be one of",
+    "pretrain text.txt --out run --recipe baseline --mslt.joint .3": "--mslt options need --recipe mslt, got --recipe baseline",
+    "pretrain nothing.txt --out run": "text: no such file, directory or glob: ",
+    "pretrain empty.txt --out run": "text is empty: ",
+    "pretrain text.txt --out run --vocab nothing.txt": "vocab: cannot read ",
+    "pretrain text.txt --out text.txt": "out must be a directory, got a file: text.txt",
+    "pretrain text.txt --out .": "out must be new, empty or a run directory, got . with ",
+    "prepare nothing.txt --out shards": "text: no such file, directory or glob: nothing.txt",
+    "checkpoint verify nothing": "needs a run directory, a checkpoints folder or a checkpoint, got nothing",
+    "checkpoint look nothing": "'look'",
+}
+
+
+@pytest.mark.parametrize("line", BAD)
+def test_bad_arguments_are_one_line_and_exit_code_2(text, capsys, line):
+    before = sorted(os.listdir(text))
+    code, out, err = run(line, capsys)
+    assert code == 2
+    assert err.startswith("stackbert: ") and err.count("\n") == 1 and out == ""
+    assert BAD[line] in err
+    assert sorted(os.listdir(text)) == before
+
+
+def test_a_vocabulary_of_another_size_is_refused(text, capsys):
+    (text / "vocab.txt").write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "the", "a"]))
+    code, _, err = run("pretrain text.txt --out run --vocab vocab.txt --vocab-size 30522", capsys)
+    assert code == 2 and "vocab_size must be the tokenizer's 7 (or 0, to take it), got vocab_size 30522" in err
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root reads everything")
+def test_an_unreadable_file_is_refused(text, capsys):
+    (text / "text.txt").chmod(0)
+    code, _, err = run("pretrain text.txt --out run", capsys)
+    assert code == 2 and "cannot read" in err
+
+
+def test_refusals_load_neither_torch_nor_take_three_seconds(text):
+    """All in one new process, so that what a refusal loads can be seen."""
+    script = (
+        "import sys, time\n"
+        "start = time.monotonic()\n"
+        "from stackbert_kernels.cli import main\n"
+        f"codes = {{main(line.split()) for line in {[line for line in BAD if 'help' not in line]!r}}}\n"
+        "print(codes, 'torch' in sys.modules, 'transformers' in sys.modules)\n"
+    )
+    started = time.monotonic()
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=text, env=_environment())
+    assert done.stdout == "{2} False False\n", done.stderr
+    assert time.monotonic() - started < 3 * len(BAD)
+
+
+def _environment():
+    import stackbert_kernels
+
+    root = os.path.dirname(os.path.dirname(stackbert_kernels.__file__))
+    return os.environ | {"PYTHONPATH": root + os.pathsep + os.environ.get("PYTHONPATH", "")}
+
+
+def test_version_and_help(capsys):
+    assert run("--version", capsys)[:2] == (0, f"stackbert {__version__}\n")
+    code, out, _ = run("--help", capsys)
+    assert code == 0 and all(name in out for name in ("pretrain", "prepare", "doctor", "grow", "checkpoint"))
+    for command in ("pretrain", "prepare", "doctor", "grow", "checkpoint"):
+        code, out, err = run(f"{command} --help", capsys)
+        assert code == 0 and "--json" in out and err == ""
+
+
+def test_every_field_of_the_configuration_is_an_option(capsys):
+    from dataclasses import fields
+
+    code, out, _ = run("pretrain --help", capsys)
+    names = {f.name for section in (ModelConfig, DataConfig, OptimConfig, TrainConfig) for f in fields(section)}
+    for name in names - {"text", "model", "data", "optim", "stages"}:
+        assert f"--{name.replace('_', '-')}" in out, name
+    assert "TEXT..." in out and "--mslt.joint" in out and "--stages" not in out.replace("--mslt.stages", "")
+
+
+def test_options_become_the_configuration():
+    command = _parse(
+        f"pretrain a.txt b.txt --out run {SMALL} --steps 40 --lr 3e-3 --no-lowercase --mslt.joint 0.3".split()
+    )
+    assert isinstance(command, Pretrain)
+    model = ModelConfig(layers=4, hidden=32, heads=2, max_position=16)
+    data = DataConfig(
+        text=("a.txt", "b.txt"), seq_len=16, batch_tokens=64, train_vocab_size=100, lowercase=False, heldout=0.1
+    )
+    base = TrainConfig(model=model, data=data, optim=OptimConfig(lr=3e-3), steps=40)
+    assert command.config() == mslt(base, MsltOptions(stages=2, joint=0.3))
+    assert type(command.config()) is TrainConfig and type(command.config().data) is DataConfig
+    command = _parse(
+        [
+            "pretrain",
+            "a.txt",
+            "--out",
+            "run",
+            "--recipe",
+            "baseline",
+            "--hidden",
+            "96",
+            "--heads",
+            "3",
+            "--dropout",
+            "0.2",
+        ]
+    )
+    assert command.config() == baseline(
+        TrainConfig(model=ModelConfig(hidden=96, heads=3, dropout=0.2), data=DataConfig(text=("a.txt",)))
+    )
+    assert command.config().model.inner == 384 and command.config().model.attention_dropout == 0.2
+
+
+def test_a_box_of_tyro_becomes_one_line():
+    page = (
+        "╭─ Unrecognized options ─────╮\n│ Unrecognized options: --a, │\n│ 4                          │\n│ ────────── │\n"
+        "│ Perhaps you meant:         │\n│     --ab INT               │\n╰────╯\n"
+    )
+    assert _one_line(page) == "Unrecognized options: --a, 4; did you mean --ab?"
+
+
+def test_dry_run_prints_the_cost_and_writes_nothing(text, capsys):
+    before = sorted(os.listdir(text))
+    code, out, _ = run(f"pretrain text.txt --out run {SMALL} --steps 50 --dry-run", capsys)
+    assert code == 0 and "joint" in out and "predicted speed-up" in out
+    code, out, _ = run(f"pretrain text.txt --out run {SMALL} --steps 50 --dry-run --json", capsys)
+    result = json.loads(out)
+    assert result["relative_step_cost"][-1] == 1.0 and len(result["config"]["stages"]) == 3
+    assert sorted(os.listdir(text)) == before
+
+
+def test_prepare_pretrain_verify_grow(text, capsys):
+    """One small run through every command, with its --json."""
+    pytest.importorskip("transformers")
+    data = "--train-vocab-size 100 --heldout 0.1"
+    code, out, _ = run(f"prepare text.txt --out shards {data} --json", capsys)
+    assert code == 0 and json.loads(out)["train"]["tokens"] > 100
+    assert run(f"prepare text.txt --out shards {data}", capsys)[0] == 0
+
+    line = f"pretrain shards --out run {SMALL} --steps 8 --lr 1e-3 --checkpoint-every 3 --log-every 2 --threads 1"
+    code, out, err = run(line, capsys)
+    assert code == 0 and out.startswith("finished: run\n") and "ms/step" in out and "run/report.html" in out
+    assert "stage 1/3 (layers 0-1): steps 0-3" in err
+    code, out, _ = run(f"{line} --json", capsys)
+    result = json.loads(out)
+    assert code == 0 and result["status"] == "finished" and "already finished" in result["message"]
+    assert {"model", "report", "stage_seconds", "eval_loss", "unigram_loss", "tokens", "flops", "seconds"} <= set(
+        result
+    )
+    code, _, err = run(line.replace("1e-3", "2e-3"), capsys)
+    assert code == 2 and "holds a run of another configuration: lr: 0.001 -> 0.002" in err
+
+    code, out, _ = run("checkpoint verify run", capsys)
+    assert code == 0 and out.count(": whole\n") == 2
+    (text / "run" / "checkpoints" / "step-8" / "state.json").write_text("{}")
+    code, out, _ = run("checkpoint verify run --json", capsys)
+    problems = json.loads(out)
+    assert code == 1 and ["state.json" in p[0] for p in problems.values() if p] == [True]
+    code, out, _ = run("checkpoint verify run/checkpoints/step-8", capsys)
+    assert code == 1 and "state.json: " in out
+
+    code, out, _ = run("grow run/model grown --layers 8 --operator stack --json", capsys)
+    assert code == 0 and json.loads(out)["layers"] == 8
+    assert json.loads((text / "grown" / "config.json").read_text())["num_hidden_layers"] == 8
+    code, _, err = run("grow run/model grown --layers 8", capsys)
+    assert code == 2 and "out must be a new or empty directory" in err
+    code, _, err = run("grow run/model other --layers 7", capsys)
+    assert code == 2 and "stack needs a multiple of the old depth, got 4 -> 7" in err
+
+
+def test_a_configuration_error_is_no_traceback(monkeypatch, capsys):
+    import stackbert_kernels.cli as cli
+
+    def fails(command):
+        raise ConfigError("two\nlines")
+
+    monkeypatch.setitem(cli.COMMANDS, cli.Doctor, fails)
+    assert run("doctor", capsys) == (2, "", "stackbert: two lines\n")
+
+    def full(command):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setitem(cli.COMMANDS, cli.Doctor, full)
+    assert run("doctor", capsys)[0] == 1
