@@ -194,7 +194,7 @@ def test_prepare_pretrain_verify_grow(text, capsys):
     line = f"pretrain shards --out run {SMALL} --steps 8 --lr 1e-3 --checkpoint-every 3 --log-every 2 --threads 1"
     code, out, err = run(line, capsys)
     assert code == 0 and out.startswith("finished: run\n") and "ms/step" in out and "run/report.html" in out
-    assert "stage 1/3 (layers 0-1): steps 0-3" in err
+    assert "stage 1/3 (layers 0-1): steps 0-4, depth 2, all layers learn" in err
     code, out, _ = run(f"{line} --json", capsys)
     result = json.loads(out)
     assert code == 0 and result["status"] == "finished" and "already finished" in result["message"]

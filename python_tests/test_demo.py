@@ -26,7 +26,7 @@ def test_it_trains_predicts_and_knows_when_it_is_done(tmp_path, monkeypatch, cap
         out.write_text("\n\n".join(f"Return the value {i} of the list." for i in range(300)))
 
     tiny = TrainConfig(
-        model=ModelConfig(layers=4, hidden=32, heads=2, max_position=16),
+        model=ModelConfig(layers=4, hidden=32, heads=2, max_position=64),
         data=DataConfig(train_vocab_size=80, seq_len=16, batch_tokens=64, heldout=0.1, eval_tokens=64),
         steps=6,
         threads=1,
