@@ -1,0 +1,218 @@
+"""The whole training step beside transformers: same model, data, dtype and threads.
+
+    python -m benchmarks.bench_train_step [--json FILE]
+
+Three measurements, each interleaved in one run: full-length sequences, natural-length ones (real tokens counted: transformers pads
+to the longest of the batch, as its collators do), and every MSLT stage against the cost model. A step is forward, backward, clipping
+and AdamW (fused on both sides). Before anything is timed, both models must give the same loss and gradient norm without dropout.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from benchmarks import timing
+from stackbert_kernels import ops
+from stackbert_kernels.config import DataConfig, ModelConfig, OptimConfig, TrainConfig
+from stackbert_kernels.model.bert import Bert
+from stackbert_kernels.model.hf import from_transformers
+from stackbert_kernels.plan import plan, relative_cost
+from stackbert_kernels.recipes.mslt import MsltOptions, mslt
+from stackbert_kernels.train.optim import AdamW
+
+MASK = 103
+
+
+@dataclass(frozen=True)
+class Packed:
+    """A batch as stackbert_kernels.data gives it."""
+
+    input_ids: Tensor
+    token_types: Tensor
+    positions: Tensor
+    cu_seqlens: Tensor
+    max_seqlen: int
+    masked: Tensor
+    labels: Tensor
+    pair_labels: None = None
+
+
+def natural_lengths(count: int, longest: int, generator: torch.Generator) -> list[int]:
+    """Log-normal sentence lengths, median 24 words, as in English text; the batch's longest is nearly always near the cut."""
+    drawn = torch.exp(3.2 + 0.65 * torch.randn(count, generator=generator))
+    return [int(n) for n in drawn.clamp(4, longest)]
+
+
+def batch(lengths: list[int], vocab: int, mask_rate: float, generator: torch.Generator) -> tuple[Packed, dict[str, Tensor]]:
+    """The same tokens and masks, packed for us and padded for transformers."""
+    total, longest = sum(lengths), max(lengths)
+    ids = torch.randint(200, vocab, (total,), generator=generator)
+    count = max(1, round(mask_rate * total))
+    masked = torch.randperm(total, generator=generator)[:count].sort().values
+    labels = ids[masked].clone()
+    ids[masked] = MASK
+    cu = torch.tensor([0, *lengths]).cumsum(0)
+    packed = Packed(
+        ids, torch.zeros_like(ids), torch.cat([torch.arange(n) for n in lengths]), cu.to(torch.int32), longest, masked, labels
+    )
+    flat_labels = torch.full((total,), -100)
+    flat_labels[masked] = labels
+    shape = (len(lengths), longest)
+    padded = {"input_ids": torch.zeros(shape, dtype=torch.long), "labels": torch.full(shape, -100), "attention_mask": torch.zeros(shape)}
+    for i, n in enumerate(lengths):
+        padded["input_ids"][i, :n] = ids[cu[i] : cu[i + 1]]
+        padded["labels"][i, :n] = flat_labels[cu[i] : cu[i + 1]]
+        padded["attention_mask"][i, :n] = 1
+    return packed, padded
+
+
+def hf_model(model: ModelConfig, seed: int = 0):
+    import transformers
+
+    torch.manual_seed(seed)
+    config = transformers.BertConfig(
+        vocab_size=model.vocab_size, hidden_size=model.hidden, num_hidden_layers=model.layers, num_attention_heads=model.heads,
+        intermediate_size=model.inner, max_position_embeddings=model.max_position, hidden_dropout_prob=model.dropout,
+        attention_probs_dropout_prob=model.attention_dropout, attn_implementation="sdpa",
+    )  # fmt: skip
+    return transformers.BertForMaskedLM(config)
+
+
+def autocast(dtype: str):
+    return torch.autocast("cpu", torch.bfloat16, enabled=dtype == "bf16")
+
+
+def check(model: ModelConfig, packed: Packed, padded: dict[str, Tensor]) -> None:
+    """Both sides compute the same thing: loss and gradient norm agree in fp32 with dropout off."""
+    theirs = hf_model(model).eval()
+    ours = from_transformers(theirs).eval()
+    their_loss = theirs(**padded).loss
+    their_loss.backward()
+    our_loss = ours(packed).loss
+    our_loss.backward()
+    their_norm = torch.stack([p.grad.norm() for p in theirs.parameters() if p.grad is not None]).norm()
+    our_norm = torch.stack([p.grad.norm() for p in ours.parameters() if p.grad is not None]).norm()
+    for name, a, b in (("loss", our_loss, their_loss), ("gradient norm", our_norm, their_norm)):
+        if not torch.isclose(a, b, rtol=1e-4):
+            raise SystemExit(f"bench_train_step: {name} differs from transformers': {a.item():.6f}, {b.item():.6f}; nothing was timed")
+
+
+def their_step(model: ModelConfig, padded: dict[str, Tensor], dtype: str):
+    theirs = hf_model(model).train()
+    optimizer = torch.optim.AdamW(theirs.parameters(), lr=1e-4, weight_decay=0.01, fused=True)
+
+    def step():
+        with autocast(dtype):
+            loss = theirs(**padded).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(theirs.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    return step
+
+
+def our_step(config: TrainConfig, span, packed: Packed, dtype: str):
+    ours = Bert(config.model, seed=0).train()
+    ours.use(span.stage)
+    optimizer = AdamW(ours, config.optim)
+    optimizer.set_window(span.stage)
+    rng = ops.new_rng(0)
+
+    def step():
+        with autocast(dtype):
+            loss = ours(packed, rng=rng).loss
+        loss.backward()
+        optimizer.clip(1.0)
+        optimizer.step(1e-4)
+        optimizer.zero_grad()
+        rng[1] += 1
+
+    return step
+
+
+def against_transformers(config: TrainConfig, lengths: list[int], dtype: str, repeats: int) -> dict:
+    packed, padded = batch(lengths, config.model.vocab_size, 0.15, torch.Generator().manual_seed(1))
+    check(config.model, packed, padded)
+    (span,) = plan(config)
+    stats = timing.compare(
+        {"ours": our_step(config, span, packed, dtype), "transformers": their_step(config.model, padded, dtype)}, repeats=repeats
+    )
+    tokens = sum(lengths)
+    return {
+        "dtype": dtype,
+        "sequences": len(lengths),
+        "real_tokens": tokens,
+        "padded_tokens": padded["input_ids"].numel(),
+        "tokens_per_second": {name: tokens / s.median for name, s in stats.items()},
+        "milliseconds": {name: 1e3 * s.median for name, s in stats.items()},
+        "speedup": stats["transformers"].median / stats["ours"].median,
+    }
+
+
+def stages(config: TrainConfig, lengths: list[int], dtype: str, repeats: int) -> list[dict]:
+    """Every MSLT stage's step, as a share of the full step, beside the cost model's prediction."""
+    packed, _ = batch(lengths, config.model.vocab_size, 0.15, torch.Generator().manual_seed(1))
+    spans = plan(mslt(config, MsltOptions()))
+    stats = timing.compare({str(s.index): our_step(config, s, packed, dtype) for s in spans}, repeats=repeats)
+    full = stats[str(spans[-1].index)].median
+    rows = []
+    for span in spans:
+        measured, predicted = stats[str(span.index)].median / full, relative_cost(config, span.stage)
+        rows.append(
+            {
+                "stage": span.index, "depth": span.stage.depth, "train_from": span.stage.train_from, "measured": measured,
+                "predicted": predicted, "measured_over_predicted": measured / predicted,
+                "milliseconds": 1e3 * stats[str(span.index)].median,
+            }  # fmt: skip
+        )
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", type=Path, help="write the results here too")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--repeats", type=int, default=15)
+    parser.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32")
+    parser.add_argument("--layers", type=int, default=12)
+    parser.add_argument("--hidden", type=int, default=128)
+    parser.add_argument("--heads", type=int, default=2)
+    parser.add_argument("--vocab", type=int, default=8192)
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+
+    model = ModelConfig(layers=options.layers, hidden=options.hidden, heads=options.heads, vocab_size=options.vocab, dropout=0.1)
+    config = TrainConfig(model=model, data=DataConfig(seq_len=128, batch_tokens=2048), optim=OptimConfig(), steps=1000)
+    full, natural = [128] * 16, natural_lengths(64, 128, torch.Generator().manual_seed(2))
+    result = {
+        "machine": timing.machine(),
+        "model": {"layers": options.layers, "hidden": options.hidden, "heads": options.heads, "vocab": options.vocab},
+        "full_length": against_transformers(config, full, options.dtype, options.repeats),
+        "natural_length": against_transformers(config, natural, options.dtype, options.repeats),
+        "mslt_stages": stages(config, full, options.dtype, options.repeats),
+    }
+    for name in ("full_length", "natural_length"):
+        row = result[name]
+        rates = row["tokens_per_second"]
+        print(
+            f"{name}, {row['dtype']}: {row['sequences']} sequences, {row['real_tokens']} real of {row['padded_tokens']} padded tokens: "
+            f"ours {rates['ours']:,.0f} tokens/s, transformers (sdpa) {rates['transformers']:,.0f}: {row['speedup']:.2f}x"
+        )
+    for row in result["mslt_stages"]:
+        print(
+            f"stage {row['stage']}: depth {row['depth']}, trains from {row['train_from']}: {row['milliseconds']:.1f} ms, "
+            f"{row['measured']:.3f} of a full step, predicted {row['predicted']:.3f}"
+        )
+    if options.json:
+        options.json.write_text(json.dumps(result, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
