@@ -22,7 +22,7 @@ from stackbert_kernels import ops
 from stackbert_kernels.config import DataConfig, ModelConfig, OptimConfig, TrainConfig
 from stackbert_kernels.model.bert import Bert
 from stackbert_kernels.model.hf import from_transformers
-from stackbert_kernels.plan import plan, relative_cost
+from stackbert_kernels.plan import baseline_stage, flops_per_token, plan
 from stackbert_kernels.recipes.mslt import MsltOptions, mslt
 from stackbert_kernels.train.optim import AdamW
 
@@ -120,9 +120,10 @@ def their_step(model: ModelConfig, padded: dict[str, Tensor], dtype: str):
 
 def our_step(config: TrainConfig, span, packed: Packed, dtype: str):
     ours = Bert(config.model, seed=0).train()
-    ours.use(span.stage)
+    stage = span.stage
+    ours.use(stage.depth, stage.train_from, stage.embeddings, stage.frozen_dropout)
     optimizer = AdamW(ours, config.optim)
-    optimizer.set_window(span.stage)
+    optimizer.set_window(stage)
     rng = ops.new_rng(0)
 
     def step():
@@ -162,9 +163,10 @@ def stages(config: TrainConfig, lengths: list[int], dtype: str, repeats: int) ->
     spans = plan(mslt(config, MsltOptions()))
     stats = timing.compare({str(s.index): our_step(config, s, packed, dtype) for s in spans}, repeats=repeats)
     full = stats[str(spans[-1].index)].median
+    full_flops = flops_per_token(config, baseline_stage(config))
     rows = []
     for span in spans:
-        measured, predicted = stats[str(span.index)].median / full, relative_cost(config, span.stage)
+        measured, predicted = stats[str(span.index)].median / full, flops_per_token(config, span.stage) / full_flops
         rows.append(
             {
                 "stage": span.index, "depth": span.stage.depth, "train_from": span.stage.train_from, "measured": measured,
