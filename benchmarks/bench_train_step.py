@@ -1,6 +1,6 @@
 """The whole training step beside transformers: same model, data, dtype and threads.
 
-    python -m benchmarks.bench_train_step [--json FILE]
+    python benchmarks/bench_train_step.py [--json FILE]
 
 Three measurements, each interleaved in one run: full-length sequences, natural-length ones (real tokens counted: transformers pads
 to the longest of the batch, as its collators do), and every MSLT stage against the cost model. A step is forward, backward, clipping
@@ -14,10 +14,10 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
+import timing
 import torch
 from torch import Tensor
 
-from benchmarks import timing
 from stackbert_kernels import ops
 from stackbert_kernels.config import DataConfig, ModelConfig, OptimConfig, TrainConfig
 from stackbert_kernels.model.bert import Bert
@@ -49,7 +49,9 @@ def natural_lengths(count: int, longest: int, generator: torch.Generator) -> lis
     return [int(n) for n in drawn.clamp(4, longest)]
 
 
-def batch(lengths: list[int], vocab: int, mask_rate: float, generator: torch.Generator) -> tuple[Packed, dict[str, Tensor]]:
+def batch(
+    lengths: list[int], vocab: int, mask_rate: float, generator: torch.Generator
+) -> tuple[Packed, dict[str, Tensor]]:
     """The same tokens and masks, packed for us and padded for transformers."""
     total, longest = sum(lengths), max(lengths)
     ids = torch.randint(200, vocab, (total,), generator=generator)
@@ -59,12 +61,22 @@ def batch(lengths: list[int], vocab: int, mask_rate: float, generator: torch.Gen
     ids[masked] = MASK
     cu = torch.tensor([0, *lengths]).cumsum(0)
     packed = Packed(
-        ids, torch.zeros_like(ids), torch.cat([torch.arange(n) for n in lengths]), cu.to(torch.int32), longest, masked, labels
+        ids,
+        torch.zeros_like(ids),
+        torch.cat([torch.arange(n) for n in lengths]),
+        cu.to(torch.int32),
+        longest,
+        masked,
+        labels,
     )
     flat_labels = torch.full((total,), -100)
     flat_labels[masked] = labels
     shape = (len(lengths), longest)
-    padded = {"input_ids": torch.zeros(shape, dtype=torch.long), "labels": torch.full(shape, -100), "attention_mask": torch.zeros(shape)}
+    padded = {
+        "input_ids": torch.zeros(shape, dtype=torch.long),
+        "labels": torch.full(shape, -100),
+        "attention_mask": torch.zeros(shape),
+    }
     for i, n in enumerate(lengths):
         padded["input_ids"][i, :n] = ids[cu[i] : cu[i + 1]]
         padded["labels"][i, :n] = flat_labels[cu[i] : cu[i + 1]]
@@ -100,7 +112,9 @@ def check(model: ModelConfig, packed: Packed, padded: dict[str, Tensor]) -> None
     our_norm = torch.stack([p.grad.norm() for p in ours.parameters() if p.grad is not None]).norm()
     for name, a, b in (("loss", our_loss, their_loss), ("gradient norm", our_norm, their_norm)):
         if not torch.isclose(a, b, rtol=1e-4):
-            raise SystemExit(f"bench_train_step: {name} differs from transformers': {a.item():.6f}, {b.item():.6f}; nothing was timed")
+            raise SystemExit(
+                f"bench_train_step: {name} differs from transformers': {a.item():.6f}, {b.item():.6f}; nothing was timed"
+            )
 
 
 def their_step(model: ModelConfig, padded: dict[str, Tensor], dtype: str):
@@ -138,22 +152,24 @@ def our_step(config: TrainConfig, span, packed: Packed, dtype: str):
     return step
 
 
-def against_transformers(config: TrainConfig, lengths: list[int], dtype: str, repeats: int) -> dict:
+def against_transformers(name: str, config: TrainConfig, lengths: list[int], dtype: str, repeats: int) -> dict:
     packed, padded = batch(lengths, config.model.vocab_size, 0.15, torch.Generator().manual_seed(1))
     check(config.model, packed, padded)
     (span,) = plan(config)
     stats = timing.compare(
-        {"ours": our_step(config, span, packed, dtype), "transformers": their_step(config.model, padded, dtype)}, repeats=repeats
+        {"ours": our_step(config, span, packed, dtype), "transformers": their_step(config.model, padded, dtype)},
+        repeats=repeats,
     )
     tokens = sum(lengths)
     return {
+        "sequences": name,
         "dtype": dtype,
-        "sequences": len(lengths),
-        "real_tokens": tokens,
-        "padded_tokens": padded["input_ids"].numel(),
-        "tokens_per_second": {name: tokens / s.median for name, s in stats.items()},
-        "milliseconds": {name: 1e3 * s.median for name, s in stats.items()},
-        "speedup": stats["transformers"].median / stats["ours"].median,
+        "real tokens": tokens,
+        "padded tokens": padded["input_ids"].numel(),
+        "ours tokens/s": round(tokens / stats["ours"].median),
+        "transformers tokens/s": round(tokens / stats["transformers"].median),
+        "speed-up": timing.speedup(stats, "transformers", "ours").median,
+        "p20": timing.speedup(stats, "transformers", "ours").p20,
     }
 
 
@@ -162,27 +178,25 @@ def stages(config: TrainConfig, lengths: list[int], dtype: str, repeats: int) ->
     packed, _ = batch(lengths, config.model.vocab_size, 0.15, torch.Generator().manual_seed(1))
     spans = plan(mslt(config, MsltOptions()))
     stats = timing.compare({str(s.index): our_step(config, s, packed, dtype) for s in spans}, repeats=repeats)
-    full = stats[str(spans[-1].index)].median
     full_flops = flops_per_token(config, baseline_stage(config))
     rows = []
     for span in spans:
-        measured, predicted = stats[str(span.index)].median / full, flops_per_token(config, span.stage) / full_flops
-        rows.append(
-            {
-                "stage": span.index, "depth": span.stage.depth, "train_from": span.stage.train_from, "measured": measured,
-                "predicted": predicted, "measured_over_predicted": measured / predicted,
-                "milliseconds": 1e3 * stats[str(span.index)].median,
-            }  # fmt: skip
-        )
+        measured = timing.speedup(stats, str(span.index), str(spans[-1].index)).median
+        predicted = flops_per_token(config, span.stage) / full_flops
+        rows.append({
+            "stage": span.index, "dtype": dtype, "depth": span.stage.depth, "train from": span.stage.train_from,
+            "ms/step": 1e3 * stats[str(span.index)].median, "of a full step": measured, "predicted": predicted,
+            "measured / predicted": measured / predicted,
+        })  # fmt: skip
     return rows
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", type=Path, help="write the results here too")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--repeats", type=int, default=15)
-    parser.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32")
+    parser.add_argument("--repeats", type=int, default=10, help="timed rounds")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="CPU threads")
+    parser.add_argument("--json", type=Path, help="also write the results to this file")
+    parser.add_argument("--dtype", choices=("fp32", "bf16"), nargs="+", default=["fp32"])
     parser.add_argument("--layers", type=int, default=12)
     parser.add_argument("--hidden", type=int, default=128)
     parser.add_argument("--heads", type=int, default=2)
@@ -190,30 +204,27 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
 
-    model = ModelConfig(layers=options.layers, hidden=options.hidden, heads=options.heads, vocab_size=options.vocab, dropout=0.1)
+    model = ModelConfig(
+        layers=options.layers, hidden=options.hidden, heads=options.heads, vocab_size=options.vocab, dropout=0.1
+    )
     config = TrainConfig(model=model, data=DataConfig(seq_len=128, batch_tokens=2048), optim=OptimConfig(), steps=1000)
-    full, natural = [128] * 16, natural_lengths(64, 128, torch.Generator().manual_seed(2))
-    result = {
-        "machine": timing.machine(),
-        "model": {"layers": options.layers, "hidden": options.hidden, "heads": options.heads, "vocab": options.vocab},
-        "full_length": against_transformers(config, full, options.dtype, options.repeats),
-        "natural_length": against_transformers(config, natural, options.dtype, options.repeats),
-        "mslt_stages": stages(config, full, options.dtype, options.repeats),
-    }
-    for name in ("full_length", "natural_length"):
-        row = result[name]
-        rates = row["tokens_per_second"]
-        print(
-            f"{name}, {row['dtype']}: {row['sequences']} sequences, {row['real_tokens']} real of {row['padded_tokens']} padded tokens: "
-            f"ours {rates['ours']:,.0f} tokens/s, transformers (sdpa) {rates['transformers']:,.0f}: {row['speedup']:.2f}x"
-        )
-    for row in result["mslt_stages"]:
-        print(
-            f"stage {row['stage']}: depth {row['depth']}, trains from {row['train_from']}: {row['milliseconds']:.1f} ms, "
-            f"{row['measured']:.3f} of a full step, predicted {row['predicted']:.3f}"
-        )
+    lengths = {"16 x 128": [128] * 16, "64 natural": natural_lengths(64, 128, torch.Generator().manual_seed(2))}
+    steps = [
+        against_transformers(name, config, of, dtype, options.repeats)
+        for dtype in options.dtype
+        for name, of in lengths.items()
+    ]
+    by_stage = [row for dtype in options.dtype for row in stages(config, lengths["16 x 128"], dtype, options.repeats)]
+
+    header = timing.machine() | {"model": f"L{model.layers} H{model.hidden}, {model.heads} heads, V {model.vocab_size}"}
+    print("  ".join(f"{name} {value}" for name, value in header.items()))
+    timing.print_table(steps)
+    print()
+    timing.print_table(by_stage)
     if options.json:
-        options.json.write_text(json.dumps(result, indent=2) + "\n")
+        options.json.write_text(
+            json.dumps({"machine": header, "steps": steps, "mslt stages": by_stage}, indent=1) + "\n"
+        )
 
 
 if __name__ == "__main__":
