@@ -124,7 +124,7 @@ def test_version_and_help(capsys):
 def test_every_field_of_the_configuration_is_an_option(capsys):
     from dataclasses import fields
 
-    code, out, _ = run("pretrain --help", capsys)
+    _, out, _ = run("pretrain --help", capsys)
     names = {f.name for section in (ModelConfig, DataConfig, OptimConfig, TrainConfig) for f in fields(section)}
     for name in names - {"text", "model", "data", "optim", "stages"}:
         assert f"--{name.replace('_', '-')}" in out, name

@@ -6,7 +6,7 @@ The same code as `stackbert pretrain` with the presets below; the same command g
 from __future__ import annotations
 
 import sys
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import tyro
@@ -50,22 +50,28 @@ SENTENCES = (
 )
 
 
+@dataclass(frozen=True)
+class Demo:
+    """Pre-train a small 12-layer BERT on documentation and look at what it has learned: 2-4 minutes on two CPU cores."""
+
+    out: Path = Path("runs/demo")
+    """The run directory."""
+    fresh: tyro.conf.FlagCreatePairsOff[bool] = False
+    """Start over."""
+
+
 def main() -> int:
+    options = tyro.cli(Demo, prog="python -m stackbert_kernels.demo")
     try:
-        return tyro.cli(run, prog="python -m stackbert_kernels.demo")
+        return run(options.out, options.fresh)
     except ConfigError as error:
         return complain(error, BAD_ARGUMENTS)
     except (CheckpointError, OSError) as error:
         return complain(error, FAILED)
 
 
-def run(out: Path = Path("runs/demo"), fresh: tyro.conf.FlagCreatePairsOff[bool] = False) -> int:
-    """Pre-train a small 12-layer BERT on documentation and look at what it has learned: 2-4 minutes on two CPU cores.
-
-    Args:
-        out: The run directory.
-        fresh: Start over.
-    """
+def run(out: Path, fresh: bool = False) -> int:
+    """Gathers the text, trains or goes on, prints what came out."""
     import torch
 
     from stackbert_kernels.data.documentation import documentation
