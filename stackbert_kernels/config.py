@@ -52,24 +52,31 @@ class ModelConfig:
     """A BERT encoder with its heads; `layers` is the final depth."""
 
     layers: int = 12
+    """Encoder layers at the end."""
     hidden: int = 768
+    """Width of the encoder."""
     heads: int = 12
+    """Attention heads; hidden must be divisible by them."""
     inner: int = 0
     """Width of the feed-forward layer; 0 = 4 x hidden."""
     vocab_size: int = 0
     """Rows of the word embedding; 0 = as many as the tokenizer has words."""
     max_position: int = 512
+    """Longest sequence that the model can read."""
     token_types: int = 2
+    """Kinds of segments that tokens can belong to."""
     activation: str = "gelu"
     """gelu (erf, as BERT) or gelu_tanh."""
     norm: str = "post"
     """post (as BERT) or pre."""
     norm_eps: float = 1e-12
+    """Added to variances in layer norms."""
     dropout: float = 0.1
     """After the embeddings and before each residual sum."""
     attention_dropout: float | None = None
     """On the attention probabilities; default: the same as dropout."""
     init_std: float = 0.02
+    """Standard deviation of new weights."""
     objective: str = "mlm"
     """mlm, mlm+nsp (next sentence) or mlm+sop (sentence order)."""
 
@@ -110,11 +117,13 @@ class DataConfig:
     train_vocab_size: int = 8192
     """Words of a WordPiece that is trained here."""
     lowercase: bool = True
+    """Whether words lose case and accents; a given tokenizer.json has its own rules."""
     seq_len: int = 128
     """Most tokens of a sample, [CLS] and [SEP] included."""
     batch_tokens: int = 2048
     """Tokens of one step, over all accumulated parts; no padding is counted because there is none."""
     mask_rate: float = 0.15
+    """Share of the tokens to predict; of these 80% are shown as [MASK], 10% as another word, 10% as they are."""
     whole_word: bool = False
     """Mask all pieces of a word together."""
     heldout: float = 0.01
@@ -138,12 +147,17 @@ class OptimConfig:
     """AdamW with warm-up and linear decay to zero."""
 
     lr: float = 1e-4
+    """Highest learning rate."""
     warmup: int = 0
     """Steps of linear warm-up; 0 = 2% of all steps."""
     beta1: float = 0.9
+    """Decay of the mean of gradients."""
     beta2: float = 0.999
+    """Decay of the mean of squared gradients."""
     eps: float = 1e-6
+    """Added to the root of the squared gradients' mean."""
     weight_decay: float = 0.01
+    """Decoupled; of matrices and embeddings, not of biases and norms."""
     clip: float = 1.0
     """Largest global gradient norm; 0 = no clipping."""
     accumulate: int = 1
@@ -209,10 +223,12 @@ class TrainConfig:
     data: DataConfig = field(default_factory=DataConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     steps: int = 1000
+    """Optimizer steps of the whole run."""
     stages: tuple[Stage, ...] = ()
     recipe: str = "baseline"
     """The name of the recipe that made `stages`."""
     seed: int = 0
+    """Decides initial weights, order of samples, masks and dropout."""
     precision: str = "fp32"
     """fp32, or bf16 (autocast; weights, moments and statistics stay fp32)."""
     device: str = "auto"
@@ -222,10 +238,13 @@ class TrainConfig:
     threads: int = 0
     """CPU threads; 0 = as many as torch chooses."""
     checkpoint_every: int = 500
+    """Steps between checkpoints; one more at the end of each stage."""
     keep: int = 2
     """Checkpoints kept; older ones are removed."""
     eval_every: int = 500
+    """Steps between evaluations on held-out text; one more at the end of each stage."""
     log_every: int = 10
+    """Steps between lines of metrics.jsonl."""
 
     def __post_init__(self):
         _positive(

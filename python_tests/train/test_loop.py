@@ -18,7 +18,7 @@ from stackbert_kernels.model.bert import Bert
 from stackbert_kernels.recipes import MsltOptions, baseline, mslt
 from stackbert_kernels.train import checkpoint, loop
 from stackbert_kernels.train.loop import train
-from stackbert_kernels.train.run_directory import Metrics, cut_metrics, read_metrics
+from stackbert_kernels.train.run_directory import Metrics, cut_metrics, locked, open_run, read_metrics
 
 DATA = DataConfig(train_vocab_size=120, seq_len=16, batch_tokens=64, eval_tokens=200, heldout=0.1)
 MEASURED = ("seconds", "tokens_per_second", "stage_seconds")
@@ -491,6 +491,14 @@ def test_what_cannot_run_is_refused(shards, tmp_path, quick):
     if not torch.cuda.is_available():
         with pytest.raises(ConfigError, match="device must be one that torch can use, got cuda"):
             trained(two_stages(shards, device="cuda"), tmp_path / "device")
+
+
+def test_two_processes_cannot_train_in_one_directory(shards, tmp_path, quick):
+    config = two_stages(shards)
+    run = open_run(config, tmp_path / "run", progress=False)
+    with locked(run.directory), pytest.raises(ConfigError, match="another process is training in "):
+        loop.execute(run, progress=False)
+    assert loop.execute(run, progress=False)["status"] == "finished"
 
 
 # The log

@@ -29,7 +29,7 @@ from stackbert_kernels.train.console import Console
 from stackbert_kernels.train.export import export, exportable, exported
 from stackbert_kernels.train.optim import AdamW
 from stackbert_kernels.train.report import write_report
-from stackbert_kernels.train.run_directory import REPORT, Metrics, Run, cut_metrics, open_run, read_metrics
+from stackbert_kernels.train.run_directory import REPORT, Metrics, Run, cut_metrics, locked, open_run, read_metrics
 
 TIMED_STEPS = 200
 """The median of so many last steps of a stage is its measured time."""
@@ -65,6 +65,11 @@ def execute(run: Run, *, progress: bool = True) -> dict:
     """
     if run.finished:
         return _already_finished(run, progress)
+    with locked(run.directory):
+        return _execute(run, progress)
+
+
+def _execute(run: Run, progress: bool) -> dict:
     config, spans = run.config, plan(run.config)
     device = _device(config.device)
     if config.threads:

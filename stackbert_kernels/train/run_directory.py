@@ -10,11 +10,13 @@ report.png  report.html
 
 from __future__ import annotations
 
+import fcntl
 import json
 import math
 import os
 import shutil
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -79,7 +81,8 @@ def open_run(config: TrainConfig, directory: Path, *, fresh: bool = False, progr
     config = check(config, directory, fresh=fresh)
     try:
         if fresh and directory.exists():
-            _start_over(directory)
+            with locked(directory):
+                _start_over(directory)
         data = prepare(config.data.text, directory / DATA, config.data, progress=progress)
         config = _resolved(config, load_manifest(data)["vocab_size"])
         os.makedirs(directory, exist_ok=True)
@@ -147,6 +150,20 @@ def _start_over(directory: Path) -> None:
         path = directory / name
         if path.is_dir() and not any(path.iterdir()):
             path.rmdir()
+
+
+@contextmanager
+def locked(directory: Path) -> Iterator[None]:
+    """Keeps a second process from training in the same directory; the lock goes with the process."""
+    handle = os.open(directory, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ConfigError(f"another process is training in {directory}") from None
+        yield
+    finally:
+        os.close(handle)
 
 
 def write_json(path: Path, value) -> None:
