@@ -47,25 +47,36 @@ inline Words lane_numbers() {
 // Bytes of columns [first, first + 16 * kLanes) of one token; first must be a multiple of 16.
 constexpr int kRowBytes = 16 * kLanes;
 inline void row_bytes(PhiloxKey key, int64_t token, int64_t first, uint8_t* bytes) {
+#if defined(__AVX512F__)
+  // A call in each 64-bit lane, its words in the lower halves: vpmuludq multiplies just those and gives both words of
+  // the product, and what is left in the upper halves never matters. Lanes hold calls 0 4 1 5 2 6 3 7, so that the
+  // words come out in order.
+  const __m512i m0 = _mm512_set1_epi64(kPhiloxM0), m1 = _mm512_set1_epi64(kPhiloxM1);
+  const __m512i calls = _mm512_add_epi64(_mm512_set1_epi64(first / 16), _mm512_setr_epi64(0, 4, 1, 5, 2, 6, 3, 7));
+  __m512i c0[2] = {calls, _mm512_add_epi64(calls, _mm512_set1_epi64(8))}, c1[2], c2[2], c3[2];
+  for (int i = 0; i < 2; ++i) {
+    c1[i] = _mm512_set1_epi64(token), c2[i] = _mm512_set1_epi64(token >> 32), c3[i] = _mm512_setzero_si512();
+  }
+  for (int round = 0; round < kPhiloxRounds; ++round) {
+    const __m512i k0 = _mm512_set1_epi32(static_cast<int>(key.k0)), k1 = _mm512_set1_epi32(static_cast<int>(key.k1));
+    for (int i = 0; i < 2; ++i) {
+      const __m512i p0 = _mm512_mul_epu32(c0[i], m0), p1 = _mm512_mul_epu32(c2[i], m1);
+      const __m512i high0 = _mm512_shuffle_epi32(p0, _MM_PERM_DDBB), high1 = _mm512_shuffle_epi32(p1, _MM_PERM_DDBB);
+      c0[i] = _mm512_ternarylogic_epi32(high1, c1[i], k0, 0x96), c1[i] = p1;  // 0x96: exclusive or of three
+      c2[i] = _mm512_ternarylogic_epi32(high0, c3[i], k1, 0x96), c3[i] = p0;
+    }
+    key.k0 += kPhiloxW0, key.k1 += kPhiloxW1;
+  }
+  for (int i = 0; i < 2; ++i) {
+    const __m512i low = _mm512_mask_shuffle_epi32(c0[i], 0xAAAA, c1[i], _MM_PERM_CCAA);
+    const __m512i high = _mm512_mask_shuffle_epi32(c2[i], 0xAAAA, c3[i], _MM_PERM_CCAA);
+    _mm512_storeu_si512(bytes + 128 * i, _mm512_unpacklo_epi64(low, high));
+    _mm512_storeu_si512(bytes + 128 * i + 64, _mm512_unpackhi_epi64(low, high));
+  }
+#else
   Words c[4] = {lane_numbers() + static_cast<uint32_t>(first / 16), Words{} + static_cast<uint32_t>(token),
                 Words{} + static_cast<uint32_t>(static_cast<uint64_t>(token) >> 32), Words{}};
   philox(key, c);
-#if defined(__AVX512F__)
-  // Lane i's four words belong side by side: a 4 x 4 transposition inside the 128-bit parts, then of the parts.
-  const __m512i a = bit_cast<__m512i>(c[0]), b = bit_cast<__m512i>(c[1]), d = bit_cast<__m512i>(c[2]),
-                e = bit_cast<__m512i>(c[3]);
-  const __m512i ab0 = _mm512_unpacklo_epi32(a, b), ab1 = _mm512_unpackhi_epi32(a, b);
-  const __m512i de0 = _mm512_unpacklo_epi32(d, e), de1 = _mm512_unpackhi_epi32(d, e);
-  const __m512i r0 = _mm512_unpacklo_epi64(ab0, de0), r1 = _mm512_unpackhi_epi64(ab0, de0);  // lanes 0 4 8 12, 1 5 9 13
-  const __m512i r2 = _mm512_unpacklo_epi64(ab1, de1),
-                r3 = _mm512_unpackhi_epi64(ab1, de1);  // lanes 2 6 10 14, 3 7 11 15
-  const __m512i s0 = _mm512_shuffle_i32x4(r0, r1, 0x44), s1 = _mm512_shuffle_i32x4(r0, r1, 0xEE);
-  const __m512i s2 = _mm512_shuffle_i32x4(r2, r3, 0x44), s3 = _mm512_shuffle_i32x4(r2, r3, 0xEE);
-  _mm512_storeu_si512(bytes, _mm512_shuffle_i32x4(s0, s2, 0x88));
-  _mm512_storeu_si512(bytes + 64, _mm512_shuffle_i32x4(s0, s2, 0xDD));
-  _mm512_storeu_si512(bytes + 128, _mm512_shuffle_i32x4(s1, s3, 0x88));
-  _mm512_storeu_si512(bytes + 192, _mm512_shuffle_i32x4(s1, s3, 0xDD));
-#else
   for (int lane = 0; lane < kLanes; ++lane)
     for (int word = 0; word < 4; ++word) {
       const uint32_t bits = c[word][lane];

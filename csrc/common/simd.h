@@ -48,10 +48,19 @@ inline Floats load(const float* p) {
   return v;
 }
 
+// The conversions between widths are spelled out: GCC 12 makes __builtin_convertvector of them element by element.
 inline Floats load(const bfloat16* p) {
+#if defined(__AVX512F__)
+  const __m256i half = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+  return bit_cast<Floats>(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16));
+#elif defined(__AVX2__)
+  const __m128i half = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+  return bit_cast<Floats>(_mm256_slli_epi32(_mm256_cvtepu16_epi32(half), 16));
+#else
   Halves half;
   std::memcpy(&half, p, sizeof half);
   return bit_cast<Floats>(__builtin_convertvector(half, Words) << 16);
+#endif
 }
 
 inline void store(float* p, Floats v) { std::memcpy(p, &v, sizeof v); }
@@ -68,7 +77,13 @@ inline Halves to_bfloat16(Floats v) {
 #else
   const Words rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16;
   const Words quiet = (bits >> 16) | 0x40;
-  return __builtin_convertvector((v == v) ? rounded : quiet, Halves);
+  const Words chosen = (v == v) ? rounded : quiet;
+#if defined(__AVX2__)
+  const __m256i packed = _mm256_packus_epi32(bit_cast<__m256i>(chosen), _mm256_setzero_si256());
+  return bit_cast<Halves>(_mm256_castsi256_si128(_mm256_permute4x64_epi64(packed, 0x08)));
+#else
+  return __builtin_convertvector(chosen, Halves);
+#endif
 #endif
 }
 
@@ -149,15 +164,23 @@ inline Floats minimum(Floats a, Floats b) { return a < b ? a : b; }
 inline Floats absolute(Floats x) { return bit_cast<Floats>(bit_cast<Words>(x) & 0x7FFFFFFF); }
 
 inline float sum(Floats v) {
+  // In halves, which the compiler keeps in registers: by lanes it would go through memory.
+  float lanes[4];
+#if defined(__AVX2__)
+  __m256 eight;
 #if defined(__AVX512F__)
-  return _mm512_reduce_add_ps(bit_cast<__m512>(v));
+  __m256 halves[2];
+  std::memcpy(halves, &v, sizeof halves);
+  eight = _mm256_add_ps(halves[0], halves[1]);
 #else
-  float lanes[kLanes];
-  store(lanes, v);
-  for (int width = kLanes / 2; width > 0; width /= 2)
-    for (int i = 0; i < width; ++i) lanes[i] += lanes[i + width];
-  return lanes[0];
+  std::memcpy(&eight, &v, sizeof eight);
 #endif
+  const __m128 four = _mm_add_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
+  std::memcpy(lanes, &four, sizeof lanes);
+#else
+  std::memcpy(lanes, &v, sizeof lanes);
+#endif
+  return (lanes[0] + lanes[2]) + (lanes[1] + lanes[3]);
 }
 
 inline float maximum(Floats v) {
@@ -190,10 +213,14 @@ inline Floats exp_in_range(Floats x, Floats tail) {
   y = y * r + 1.6666665459e-1f;
   y = y * r + 5.0000001201e-1f;
   y = y * (r * r) + r + 1.f;
+#if defined(__AVX512F__)
+  return bit_cast<Floats>(_mm512_scalef_ps(bit_cast<__m512>(y), bit_cast<__m512>(n)));
+#else
   // 2^n in two factors: 2^128 and 2^-127 do not fit a float's exponent field, their halves do.
   const Ints exponent = bit_cast<Ints>(shifted) - 0x4B400000;
   const Ints half = exponent >> 1;
   return y * bit_cast<Floats>((half + 127) << 23) * bit_cast<Floats>((exponent - half + 127) << 23);
+#endif
 }
 
 // e^x within 2 ulp; 0 below -87.33 (subnormal results are flushed), +inf above 88.72. NaN stays NaN.
