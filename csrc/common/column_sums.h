@@ -29,6 +29,19 @@ static inline int64_t padded(int64_t columns) { return (columns + 15) / 16 * 16;
 namespace stackbert {
 namespace STACKBERT_ISA {
 
+// body(chunk, begin, end) for every chunk of rows. Threads work far apart, each through its own share of the rows:
+// beside each other they would take the page faults of fresh memory for the same page.
+template <typename Body>
+void parallel_row_chunks(int threads, int64_t rows, const Body& body) {
+  const RowChunks chunks = row_chunks(rows);
+  const int64_t shares = threads < 1 ? 1 : threads, share = (chunks.count + shares - 1) / shares;
+  parallel_tasks(threads, shares * share, [&](int64_t task) {
+    const int64_t chunk = task % shares * share + task / shares, begin = chunk * chunks.rows_each;
+    const int64_t end = begin + chunks.rows_each < rows ? begin + chunks.rows_each : rows;
+    if (begin < end) body(chunk, begin, end);
+  });
+}
+
 // sums[c] = partial[0][c] + partial[1][c] + ..., where partial rows are `stride` floats apart.
 inline void add_partial_sums(int threads, const float* partial, int64_t stride, int64_t count, int64_t columns,
                              float* sums) {

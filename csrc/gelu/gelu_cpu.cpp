@@ -58,7 +58,7 @@ struct Tanh {
 
 template <typename T, typename Gelu>
 void forward(const BiasGeluFwd& a) {
-  parallel_chunks(a.threads, a.rows, row_chunks(a.rows).rows_each, [&](int64_t begin, int64_t end) {
+  parallel_row_chunks(a.threads, a.rows, [&](int64_t, int64_t begin, int64_t end) {
     for (int64_t row = begin; row < end; ++row) {
       const T* x = static_cast<const T*>(a.x) + row * a.columns;
       T* y = static_cast<T*>(a.y) + row * a.columns;
@@ -72,10 +72,9 @@ void forward(const BiasGeluFwd& a) {
 
 template <typename T, typename Gelu>
 void backward(const BiasGeluBwd& a) {
-  const RowChunks chunks = row_chunks(a.rows);
   const int64_t stride = padded(a.columns);
-  parallel_chunks(a.threads, a.rows, chunks.rows_each, [&](int64_t begin, int64_t end) {
-    float* const dbias = a.workspace + begin / chunks.rows_each * stride;
+  parallel_row_chunks(a.threads, a.rows, [&](int64_t chunk, int64_t begin, int64_t end) {
+    float* const dbias = a.workspace + chunk * stride;
     std::memset(dbias, 0, stride * sizeof(float));
     for (int64_t row = begin; row < end; ++row) {
       const T* x = static_cast<const T*>(a.x) + row * a.columns;
@@ -89,7 +88,7 @@ void backward(const BiasGeluBwd& a) {
       });
     }
   });
-  add_partial_sums(a.threads, a.workspace, stride, chunks.count, a.columns, a.dbias);
+  add_partial_sums(a.threads, a.workspace, stride, row_chunks(a.rows).count, a.columns, a.dbias);
 }
 
 }  // namespace

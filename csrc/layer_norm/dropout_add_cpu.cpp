@@ -7,11 +7,11 @@ namespace {
 
 template <typename T>
 void forward(const DropoutAddFwd& a) {
-  const int64_t columns = a.sum.columns, rows_each = row_chunks(a.sum.rows).rows_each;
+  const int64_t columns = a.sum.columns;
   const Mask mask = mask_of(a.sum.rng, a.sum.site, a.sum.threshold);
   const auto sum_row = SumRow<T>::choose(a.sum);
-  parallel_chunks(a.threads, a.sum.rows, rows_each, [&](int64_t begin, int64_t end) {
-    const ChunkSpace space = chunk_space(a.workspace, begin / rows_each, columns, 0);
+  parallel_row_chunks(a.threads, a.sum.rows, [&](int64_t chunk, int64_t begin, int64_t end) {
+    const ChunkSpace space = chunk_space(a.workspace, chunk, columns, 0);
     for (int64_t row = begin; row < end; ++row) {
       sum_row(a.sum, mask, row, space.z, space.bytes);
       T* y = static_cast<T*>(a.y) + row * columns;
@@ -23,10 +23,9 @@ void forward(const DropoutAddFwd& a) {
 template <typename T>
 void backward(const DropoutAddBwd& a) {
   const int64_t columns = a.columns;
-  const RowChunks chunks = row_chunks(a.rows);
   const Mask mask = mask_of(a.rng, a.site, a.threshold);
-  parallel_chunks(a.threads, a.rows, chunks.rows_each, [&](int64_t begin, int64_t end) {
-    const ChunkSpace space = chunk_space(a.workspace, begin / chunks.rows_each, columns, 1);
+  parallel_row_chunks(a.threads, a.rows, [&](int64_t chunk, int64_t begin, int64_t end) {
+    const ChunkSpace space = chunk_space(a.workspace, chunk, columns, 1);
     float* const dx_bias = space.extra;
     std::memset(dx_bias, 0, padded(columns) * sizeof(float));
     for (int64_t row = begin; row < end; ++row) {
@@ -41,7 +40,7 @@ void backward(const DropoutAddBwd& a) {
     }
   });
   if (a.dx_bias)
-    add_partial_sums(a.threads, a.workspace, chunk_workspace(columns, 1), chunks.count, columns, a.dx_bias);
+    add_partial_sums(a.threads, a.workspace, chunk_workspace(columns, 1), row_chunks(a.rows).count, columns, a.dx_bias);
 }
 
 }  // namespace

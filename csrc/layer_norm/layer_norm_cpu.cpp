@@ -11,8 +11,8 @@ void forward(const LayerNormFwd& a) {
   const Mask mask = mask_of(a.sum.rng, a.sum.site, a.sum.threshold);
   const auto sum_row = SumRow<T>::choose(a.sum);
   const float share = 1.f / static_cast<float>(columns);
-  parallel_chunks(a.threads, a.sum.rows, row_chunks(a.sum.rows).rows_each, [&](int64_t begin, int64_t end) {
-    const ChunkSpace space = chunk_space(a.workspace, begin / row_chunks(a.sum.rows).rows_each, columns, 0);
+  parallel_row_chunks(a.threads, a.sum.rows, [&](int64_t chunk, int64_t begin, int64_t end) {
+    const ChunkSpace space = chunk_space(a.workspace, chunk, columns, 0);
     for (int64_t row = begin; row < end; ++row) {
       const float near_mean = sum(sum_row(a.sum, mask, row, space.z, space.bytes)) * share;
 
@@ -40,13 +40,12 @@ void forward(const LayerNormFwd& a) {
 
 template <typename T>
 void backward(const LayerNormBwd& a) {
-  const int64_t columns = a.sum.columns, stride = chunk_workspace(columns, 4);
-  const RowChunks chunks = row_chunks(a.sum.rows);
+  const int64_t columns = a.sum.columns, stride = chunk_workspace(columns, 4), chunks = row_chunks(a.sum.rows).count;
   const Mask mask = mask_of(a.sum.rng, a.sum.site, a.sum.threshold);
   const auto sum_row = SumRow<T>::choose(a.sum);
   const float share = 1.f / static_cast<float>(columns);
-  parallel_chunks(a.threads, a.sum.rows, chunks.rows_each, [&](int64_t begin, int64_t end) {
-    const ChunkSpace space = chunk_space(a.workspace, begin / chunks.rows_each, columns, 4);
+  parallel_row_chunks(a.threads, a.sum.rows, [&](int64_t chunk, int64_t begin, int64_t end) {
+    const ChunkSpace space = chunk_space(a.workspace, chunk, columns, 4);
     float* const dweight = space.extra;
     float* const dbias = dweight + padded(columns);
     float* const dx_bias = dbias + padded(columns);
@@ -81,10 +80,9 @@ void backward(const LayerNormBwd& a) {
       });
     }
   });
-  add_partial_sums(a.threads, a.workspace, stride, chunks.count, columns, a.dweight);
-  add_partial_sums(a.threads, a.workspace + padded(columns), stride, chunks.count, columns, a.dbias);
-  if (a.dx_bias)
-    add_partial_sums(a.threads, a.workspace + 2 * padded(columns), stride, chunks.count, columns, a.dx_bias);
+  add_partial_sums(a.threads, a.workspace, stride, chunks, columns, a.dweight);
+  add_partial_sums(a.threads, a.workspace + padded(columns), stride, chunks, columns, a.dbias);
+  if (a.dx_bias) add_partial_sums(a.threads, a.workspace + 2 * padded(columns), stride, chunks, columns, a.dx_bias);
 }
 
 }  // namespace
