@@ -7,6 +7,7 @@ import sys
 import time
 
 import pytest
+import torch
 
 from stackbert_kernels import __version__
 from stackbert_kernels.cli import Pretrain, _one_line, _parse, main
@@ -64,6 +65,7 @@ BAD = {
     "prepare nothing.txt --out shards": "text: no such file, directory or glob: nothing.txt",
     "checkpoint verify nothing": "needs a run directory, a checkpoints folder or a checkpoint, got nothing",
     "checkpoint look nothing": "'look'",
+    "prepare text.txt --out shards --seq-len 64": "Unrecognized or misplaced options: --seq-len 64\n",
 }
 
 
@@ -81,6 +83,17 @@ def test_a_vocabulary_of_another_size_is_refused(text, capsys):
     (text / "vocab.txt").write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "the", "a"]))
     code, _, err = run("pretrain text.txt --out run --vocab vocab.txt --vocab-size 30522", capsys)
     assert code == 2 and "vocab_size must be the tokenizer's 7 (or 0, to take it), got vocab_size 30522" in err
+
+
+def test_what_this_machine_lacks_is_refused_before_any_work(text, capsys):
+    before = sorted(os.listdir(text))
+    code, _, err = run(f"pretrain text.txt --out run --device cuda:{torch.cuda.device_count()}", capsys)
+    assert code == 2 and err.count("\n") == 1 and "device must be one that torch can use, got cuda:" in err
+    code, _, err = run("pretrain text.txt --out run --device cpu --impl triton", capsys)
+    assert (
+        code == 2 and err.count("\n") == 1 and "has no triton implementation on cpu; usable: native, reference" in err
+    )
+    assert sorted(os.listdir(text)) == before
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root reads everything")

@@ -190,11 +190,12 @@ def _one_line(page: str) -> str:
     message = message.replace("could not convert string to float:", "wanted a number, got")
     if not message.startswith("Unrecognized"):
         return message
+    message = re.sub(r" \(applied to [^)]*\)| Arguments are applied to .*", "", message)
     commands = next((row for row in rest if row.startswith("Available subcommands: ")), None)
     if commands:
         return f"{message}; commands are {commands.removeprefix('Available subcommands: ')}"
     meant = next((row.split()[0].rstrip(",") for row in rest if row.startswith("--") and row.strip("-")), None)
-    return f"{message}; did you mean {meant}?" if meant else message
+    return f"{message}; did you mean {meant}?" if meant and meant not in message.split() else message
 
 
 def complain(reason: object, code: int) -> int:
@@ -226,6 +227,11 @@ def _pretrain(command: Pretrain) -> int:
         else:
             print(cost_table(config))
         return DONE
+    if config.device not in ("auto", "cpu") or config.impl != "auto":
+        check(config, command.out, fresh=command.fresh)
+        from stackbert_kernels.train.loop import check_machine
+
+        check_machine(config)
     run = open_run(config, command.out, fresh=command.fresh, progress=True)
     if not run.finished:
         print(cost_table(run.config), file=sys.stderr)

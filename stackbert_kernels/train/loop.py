@@ -373,6 +373,11 @@ def _finished(run: Run, message: str) -> dict:
 # What runs
 
 
+def check_machine(config: TrainConfig) -> None:
+    """ConfigError if this machine lacks the device or the implementation that `config` names."""
+    _kernels(config, _device(config.device))
+
+
 def _device(wanted: str) -> torch.device:
     if wanted == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
