@@ -4,6 +4,7 @@ import errno
 import json
 import os
 import random
+import select
 import signal
 import time
 
@@ -190,6 +191,7 @@ def test_a_kill_at_any_time_leaves_whole_checkpoints(tmp_path):
                 os._exit(1)
         os.close(report)
         for _ in range(choose.randint(1, 3)):
+            assert select.select([progress], [], [], 60)[0], "the writer saved nothing within a minute"
             assert os.read(progress, 1), "the writer ended by itself"
         time.sleep(choose.uniform(0, 0.005))
         os.kill(writer, signal.SIGKILL)

@@ -339,9 +339,9 @@ def children():
 
 def wait_for(event, out, process, step):
     deadline = time.monotonic() + 60
-    while time.monotonic() < deadline and process.is_alive():
-        if any(e["event"] == event and e["step"] >= step for e in read_metrics(out / "metrics.jsonl")):
-            return
+    while not any(e["event"] == event and e["step"] >= step for e in read_metrics(out / "metrics.jsonl")):
+        assert process.is_alive(), f"the child ended before {event} {step}"
+        assert time.monotonic() < deadline, f"no {event} {step} within a minute"
         time.sleep(0.002)
 
 
@@ -351,7 +351,7 @@ def test_a_killed_run_ends_as_a_straight_one_and_its_log_has_no_gap_or_duplicate
     trained(config, straight)
     choose = random.Random(0)
     for step in (1, 12, 26, 40, 50):
-        process = children.Process(target=run_in_child, args=(config, killed))
+        process = children.Process(target=run_in_child, args=(config, killed), daemon=True)
         process.start()
         wait_for("step", killed, process, step)
         time.sleep(choose.uniform(0, 0.02))
@@ -369,7 +369,7 @@ def test_a_killed_run_ends_as_a_straight_one_and_its_log_has_no_gap_or_duplicate
 def test_a_signal_saves_and_exits_well(shards, tmp_path, quick, children, number):
     config = two_stages(shards, steps=900, checkpoint_every=10_000, log_every=1, keep=2, eval_every=10_000)
     out = tmp_path / "run"
-    process = children.Process(target=run_in_child, args=(config, out))
+    process = children.Process(target=run_in_child, args=(config, out), daemon=True)
     process.start()
     wait_for("step", out, process, 3)
     os.kill(process.pid, number)
@@ -496,7 +496,7 @@ def test_what_cannot_run_is_refused(shards, tmp_path, quick):
 def test_two_processes_cannot_train_in_one_directory(shards, tmp_path, quick):
     config = two_stages(shards)
     run = open_run(config, tmp_path / "run", progress=False)
-    with locked(run.directory), pytest.raises(ConfigError, match="another process is training in "):
+    with locked(run.checkpoints), pytest.raises(ConfigError, match="another process is training in "):
         loop.execute(run, progress=False)
     assert loop.execute(run, progress=False)["status"] == "finished"
 

@@ -65,7 +65,7 @@ def execute(run: Run, *, progress: bool = True) -> dict:
     """
     if run.finished:
         return _already_finished(run, progress)
-    with locked(run.directory):
+    with locked(run.checkpoints):
         return _execute(run, progress)
 
 

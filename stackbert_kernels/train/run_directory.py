@@ -81,7 +81,7 @@ def open_run(config: TrainConfig, directory: Path, *, fresh: bool = False, progr
     config = check(config, directory, fresh=fresh)
     try:
         if fresh and directory.exists():
-            with locked(directory):
+            with locked(directory / CHECKPOINTS):
                 _start_over(directory)
         data = prepare(config.data.text, directory / DATA, config.data, progress=progress)
         config = _resolved(config, load_manifest(data)["vocab_size"])
@@ -153,14 +153,15 @@ def _start_over(directory: Path) -> None:
 
 
 @contextmanager
-def locked(directory: Path) -> Iterator[None]:
-    """Keeps a second process from training in the same directory; the lock goes with the process."""
-    handle = os.open(directory, os.O_RDONLY)
+def locked(checkpoints: Path) -> Iterator[None]:
+    """Keeps a second process from training in the same run directory; the lock goes with the process."""
+    os.makedirs(checkpoints, exist_ok=True)
+    handle = os.open(checkpoints, os.O_RDONLY)
     try:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise ConfigError(f"another process is training in {directory}") from None
+            raise ConfigError(f"another process is training in {checkpoints.parent}") from None
         yield
     finally:
         os.close(handle)
