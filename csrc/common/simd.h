@@ -69,11 +69,13 @@ inline void store(float* p, Floats v) { std::memcpy(p, &v, sizeof v); }
 inline Halves to_bfloat16(Floats v) {
   const Words bits = bit_cast<Words>(v);
 #if defined(__AVX512F__)
-  const __m512i x = bit_cast<__m512i>(bits), top = _mm512_srli_epi32(x, 16);
-  const __m512i odd = _mm512_and_si512(top, _mm512_set1_epi32(1));
-  const __m512i rounded = _mm512_srli_epi32(_mm512_add_epi32(_mm512_add_epi32(x, _mm512_set1_epi32(0x7FFF)), odd), 16);
-  const __mmask16 nan = _mm512_cmp_ps_mask(bit_cast<__m512>(v), bit_cast<__m512>(v), _CMP_UNORD_Q);
-  return bit_cast<Halves>(_mm512_cvtepi32_epi16(_mm512_mask_or_epi32(rounded, nan, top, _mm512_set1_epi32(0x40))));
+  const __m512i x = bit_cast<__m512i>(bits), odd = _mm512_and_si512(_mm512_srli_epi32(x, 16), _mm512_set1_epi32(1));
+  const __m512i rounded = _mm512_add_epi32(_mm512_add_epi32(x, _mm512_set1_epi32(0x7FFF)), odd);
+  // Where v is a NaN, of either kind (the first two classes of the table), v made quiet; elsewhere what was rounded.
+  const __m512 chosen = _mm512_fixupimm_ps(bit_cast<__m512>(rounded), bit_cast<__m512>(v), _mm512_set1_epi32(0x22), 0);
+  const __m512i upper = _mm512_set_epi16(0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0,  //
+                                         31, 29, 27, 25, 23, 21, 19, 17, 15, 13, 11, 9, 7, 5, 3, 1);
+  return bit_cast<Halves>(_mm512_castsi512_si256(_mm512_permutexvar_epi16(upper, bit_cast<__m512i>(chosen))));
 #else
   const Words rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16;
   const Words quiet = (bits >> 16) | 0x40;
@@ -150,6 +152,38 @@ inline void store(T* p, Floats v, int n) {
 }
 inline Floats first(Floats v, Whole) { return v; }
 
+// store(), past the caches where the instruction set can; p is aligned to what a whole vector takes in memory. For
+// results that would leave the caches before they are read: nothing is fetched in order to be overwritten. End with
+// streamed().
+#if defined(__AVX512F__)
+inline void stream(float* p, Floats v, Whole) { _mm512_stream_ps(p, bit_cast<__m512>(v)); }
+inline void stream(bfloat16* p, Floats v, Whole) {
+  _mm256_stream_si256(reinterpret_cast<__m256i*>(p), bit_cast<__m256i>(to_bfloat16(v)));
+}
+#elif defined(__AVX2__)
+inline void stream(float* p, Floats v, Whole) { _mm256_stream_ps(p, bit_cast<__m256>(v)); }
+inline void stream(bfloat16* p, Floats v, Whole) {
+  _mm_stream_si128(reinterpret_cast<__m128i*>(p), bit_cast<__m128i>(to_bfloat16(v)));
+}
+#else
+template <typename T>
+inline void stream(T* p, Floats v, Whole) {
+  store(p, v);
+}
+#endif
+template <typename T>
+inline void stream(T* p, Floats v, int n) {
+  store_first(p, v, n);
+}
+inline void streamed() {
+#if defined(__AVX2__)
+  _mm_sfence();
+#endif
+}
+
+// Asks for the line at p, which may be any address.
+inline void prefetch(const void* p) { __builtin_prefetch(p); }
+
 // body(i, part) for the vectors of [begin, end): part is Whole{}, or how many elements the last vector has.
 template <typename Body>
 inline void for_vectors(int64_t begin, int64_t end, const Body& body) {
@@ -159,8 +193,18 @@ inline void for_vectors(int64_t begin, int64_t end, const Body& body) {
 }
 
 inline Floats select(Ints condition, Floats yes, Floats no) { return condition ? yes : no; }
+// Of a NaN and a number the second argument is taken, as by the machine's instructions.
+#if defined(__AVX512F__)
+inline Floats maximum(Floats a, Floats b) {
+  return bit_cast<Floats>(_mm512_max_ps(bit_cast<__m512>(a), bit_cast<__m512>(b)));
+}
+inline Floats minimum(Floats a, Floats b) {
+  return bit_cast<Floats>(_mm512_min_ps(bit_cast<__m512>(a), bit_cast<__m512>(b)));
+}
+#else
 inline Floats maximum(Floats a, Floats b) { return a > b ? a : b; }
 inline Floats minimum(Floats a, Floats b) { return a < b ? a : b; }
+#endif
 inline Floats absolute(Floats x) { return bit_cast<Floats>(bit_cast<Words>(x) & 0x7FFFFFFF); }
 
 inline float sum(Floats v) {
@@ -201,18 +245,33 @@ inline Floats reciprocal(Floats x) {
 #endif
 }
 
-// e^(x + tail) for |tail| << 1, within 2 ulp of the exact value of the sum; x in [-88, 89].
+// What rounding left out of product = a * b.
+inline Floats product_error(Floats a, Floats b, Floats product) {
+#if defined(__AVX512F__)
+  return bit_cast<Floats>(_mm512_fmsub_ps(bit_cast<__m512>(a), bit_cast<__m512>(b), bit_cast<__m512>(product)));
+#elif defined(__FMA__)
+  return bit_cast<Floats>(_mm256_fmsub_ps(bit_cast<__m256>(a), bit_cast<__m256>(b), bit_cast<__m256>(product)));
+#else
+  // Dekker: the products of 12-bit halves are exact.
+  const Floats a1 = bit_cast<Floats>(bit_cast<Words>(a) & 0xFFFFF000), a2 = a - a1;
+  const Floats b1 = bit_cast<Floats>(bit_cast<Words>(b) & 0xFFFFF000), b2 = b - b1;
+  return ((a1 * b1 - product) + a1 * b2 + a2 * b1) + a2 * b2;
+#endif
+}
+
+// e^(x + tail) for |tail| << 1, within 2 ulp of the exact value of the sum; x in [-91, 89]. Subnormal results may be
+// less exact.
 inline Floats exp_in_range(Floats x, Floats tail) {
   const Floats shifted = x * 1.44269504f + 12582912.f;  // 1.5 * 2^23: the integer lands in the low mantissa bits
   const Floats n = shifted - 12582912.f;
   Floats r = x - n * 0.693359375f;  // ln 2 in two parts, the first exact in few bits
   r = r + n * 2.12194440e-4f + tail;
-  Floats y = r * 1.9875691500e-4f + 1.3981999507e-3f;  // Cephes expf
-  y = y * r + 8.3334519073e-3f;
-  y = y * r + 4.1665795894e-2f;
-  y = y * r + 1.6666665459e-1f;
-  y = y * r + 5.0000001201e-1f;
-  y = y * (r * r) + r + 1.f;
+  Floats y = r * 1.38145401e-3f + 8.36874520e-3f;  // minimax in relative error on [-ln 2 / 2, ln 2 / 2]: 3e-9
+  y = y * r + 4.16683908e-2f;
+  y = y * r + 1.66665204e-1f;
+  y = y * r + 4.99999934e-1f;
+  y = y * r + 1.f;
+  y = y * r + 1.f;
 #if defined(__AVX512F__)
   return bit_cast<Floats>(_mm512_scalef_ps(bit_cast<__m512>(y), bit_cast<__m512>(n)));
 #else

@@ -7,36 +7,33 @@ namespace stackbert {
 namespace STACKBERT_ISA {
 namespace {
 
-// gelu(u) and its slope. NaN stays NaN; infinities give what u * Phi(u) gives.
+// gelu(u) and its slope. NaN stays NaN, and infinities give NaN where u * Phi(u) is infinity times zero.
 struct Erf {
-  Floats cdf, bell;  // Phi(u); exp(-u^2 / 2)
+  Floats tail, bell;  // Phi(-|u|); exp(-u^2 / 2)
 
   explicit Erf(Floats u) {
-    // Phi(-a) = exp(-a^2 / 2) R(a) for a >= 0: no cancellation, so that the lower tail keeps its digits as far as float
-    // reaches.
-    const Floats a = minimum(absolute(u), broadcast(13.5f));  // exp(-13.5^2 / 2) is below the smallest normal float
-    // a^2 in two parts, the first exact: rounding a^2 would cost a^2 / 2 ulp of the result.
-    const Floats high = bit_cast<Floats>(bit_cast<Words>(a) & 0xFFFFF000);
-    const Floats square = high * high * -0.5f;
-    bell = exp_in_range(maximum(square, broadcast(-88.f)), (a - high) * (a + high) * -0.5f);
-    bell = select(square < -87.f, Floats{}, bell);
-    // R(a) = t P(s), t = 1 / (a + 3), s = t on [1/17, 1/3] brought to [-1, 1]: minimax in relative error, 4.7e-8.
+    // Phi(-a) = exp(-a^2 / 2) R(a): no cancellation, so that the lower tail keeps its digits as far as float reaches.
+    const Floats a = minimum(absolute(u), broadcast(13.5f));
+    const Floats square = a * a;  // its rounding would cost a^2 / 2 ulp of the exponential
+    bell = exp_in_range(square * -0.5f, product_error(a, a, square) * -0.5f);
+    bell = select(a > 13.19f, Floats{}, bell);  // the smallest normal float is exp(-13.2^2 / 2)
+    // R(a) = t P(t), t = 1 / (a + 3): minimax in relative error on [0, 13.5], 4e-8.
     const Floats t = reciprocal(a + 3.f);
-    const Floats s = t * 7.28571415f - 1.42857146f;
-    Floats p = s * -5.64368565e-05f + 1.35290931e-04f;
-    p = p * s + 6.11159659e-04f;
-    p = p * s - 1.99847482e-03f;
-    p = p * s - 7.32756360e-03f;
-    p = p * s + 2.11391505e-02f;
-    p = p * s + 1.71393022e-01f;
-    p = p * s + 4.89726454e-01f;
-    p = p * s + 8.26377451e-01f;
-    const Floats tail = bell * (p * t);
-    cdf = select(u < 0.f, tail, 1.f - tail);
+    Floats p = t * -454.559326f + 860.549133f;
+    p = p * t - 600.173706f;
+    p = p * t + 162.164124f;
+    p = p * t - 13.5350399f;
+    p = p * t + 9.79034042f;
+    p = p * t + 3.02900529f;
+    p = p * t + 1.20245457f;
+    p = p * t + 0.398859501f;
+    tail = bell * (p * t);
   }
 
-  Floats value(Floats u) const { return u * cdf; }
-  Floats slope(Floats u) const { return cdf + u * (bell * 0.398942280f); }  // 1 / sqrt(2 pi)
+  Floats value(Floats u) const { return maximum(Floats{}, u) - absolute(u) * tail; }
+  Floats slope(Floats u) const {
+    return select(u < 0.f, tail, 1.f - tail) + u * (bell * 0.398942280f);  // 1 / sqrt(2 pi)
+  }
 };
 
 struct Tanh {
@@ -45,7 +42,8 @@ struct Tanh {
 
   explicit Tanh(Floats u) {
     const Floats v = u * (u * u * (kScale * kCubic) + kScale);
-    small = exp(absolute(v) * -2.f);
+    const Floats w = absolute(v) * -2.f;
+    small = select(w < -87.f, Floats{}, exp_in_range(maximum(broadcast(-88.f), w), Floats{}));
     share = reciprocal(small + 1.f);
     logistic = select(u < 0.f, small * share, share);
   }
@@ -56,6 +54,9 @@ struct Tanh {
   }
 };
 
+constexpr int64_t kAhead =
+    1024;  // bytes; the hardware stops at 4 KB borders, and waiting there would cost as much as the arithmetic
+
 template <typename T, typename Gelu>
 void forward(const BiasGeluFwd& a) {
   parallel_row_chunks(a.threads, a.rows, [&](int64_t, int64_t begin, int64_t end) {
@@ -63,6 +64,7 @@ void forward(const BiasGeluFwd& a) {
       const T* x = static_cast<const T*>(a.x) + row * a.columns;
       T* y = static_cast<T*>(a.y) + row * a.columns;
       for_vectors(0, a.columns, [&](int64_t c, auto part) {
+        prefetch(x + c + kAhead / sizeof(T));
         const Floats u = load(x + c, part) + load(a.bias + c, part);
         store(y + c, Gelu(u).value(u), part);
       });
@@ -81,6 +83,7 @@ void backward(const BiasGeluBwd& a) {
       const T* dy = static_cast<const T*>(a.dy) + row * a.columns;
       T* dx = static_cast<T*>(a.dx) + row * a.columns;
       for_vectors(0, a.columns, [&](int64_t c, auto part) {
+        prefetch(x + c + kAhead / sizeof(T)), prefetch(dy + c + kAhead / sizeof(T));
         const Floats u = load(x + c, part) + load(a.bias + c, part);
         const Floats down = load(dy + c, part) * Gelu(u).slope(u);
         store(dx + c, down, part);

@@ -40,21 +40,31 @@ inline ChunkSpace chunk_space(float* workspace, int64_t chunk, int64_t columns, 
 }
 
 template <typename T>
+struct RowOf {
+  const T *x, *residual;  // [C]; residual is x where there is none
+};
+
+template <typename T>
+inline RowOf<T> row_of(const SumInputs& a, int64_t row) {
+  const T* x = static_cast<const T*>(a.x) + row * a.columns;
+  return {x, a.residual ? static_cast<const T*>(a.residual) + row * a.columns : x};
+}
+
+template <typename T>
 struct SumRow {
   // z[c] of row `row` for all columns; returns their sum lane by lane. Fills `bytes` if there is dropout.
   using Function = Floats (*)(const SumInputs& a, const Mask& mask, int64_t row, float* z, uint8_t* bytes);
 
   template <bool kResidual, bool kBias, bool kDropout>
   static Floats run(const SumInputs& a, const Mask& mask, int64_t row, float* z, uint8_t* bytes) {
-    const T* x = static_cast<const T*>(a.x) + row * a.columns;
-    const T* residual = kResidual ? static_cast<const T*>(a.residual) + row * a.columns : nullptr;
+    const RowOf<T> here = row_of<T>(a, row);
     if (kDropout) mask_row(mask, row, a.columns, bytes);
     Floats total = {};
     for_vectors(0, a.columns, [&](int64_t c, auto part) {
-      Floats v = load(x + c, part);
+      Floats v = load(here.x + c, part);
       if (kBias) v += load(a.x_bias + c, part);
       if (kDropout) v = keep(v, bytes + c, mask);
-      if (kResidual) v += load(residual + c, part);
+      if (kResidual) v += load(here.residual + c, part);
       total += v;
       store(z + c, v, part);
     });

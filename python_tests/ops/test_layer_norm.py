@@ -269,6 +269,22 @@ def test_bits_do_not_depend_on_threads_or_repetition(dtype):
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_large_results_have_the_bits_of_small_ones(dtype):
+    """From 8 MB on results are written past the caches."""
+    rows, columns = (9 << 20) // (768 * dtype.itemsize), 768
+    x, residual, dy = (torch.randn(rows, columns).to(dtype) for _ in range(3))
+    weight, bias = torch.randn(columns), torch.randn(columns)
+
+    def results(part):
+        inputs = [x[part], residual[part], weight, bias]
+        return run(ops.dropout_add_layer_norm, inputs, dy[part])[:3]  # the sums over rows differ
+
+    halves = zip(results(slice(0, rows // 2)), results(slice(rows // 2, rows)), strict=True)
+    for whole, parts in zip(results(slice(0, rows)), halves, strict=True):
+        assert torch.equal(whole, torch.cat(parts))
+
+
 # --- what is saved --------------------------------------------------------------------------------------------------------------
 
 
