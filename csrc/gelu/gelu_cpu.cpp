@@ -54,8 +54,8 @@ struct Tanh {
   }
 };
 
-constexpr int64_t kAhead =
-    1024;  // bytes; the hardware stops at 4 KB borders, and waiting there would cost as much as the arithmetic
+// Bytes. The hardware's own prefetching stops at 4 KB borders, and waiting there would cost as much as the arithmetic.
+constexpr int64_t kAhead = 1024;
 
 template <typename T, typename Gelu>
 void forward(const BiasGeluFwd& a) {

@@ -74,9 +74,6 @@ def doubles(tensors):
     return [t.double() for t in tensors]
 
 
-# --- against float64 ------------------------------------------------------------------------------------------------------------
-
-
 @every_case
 def test_layer_norm_matches_float64(case):
     inputs = [activations(case)[1], *parameters(case, 2)]
@@ -145,9 +142,6 @@ def test_gradcheck_of_the_reference():
     torch.autograd.gradcheck(lambda x, r, xb: ops.dropout_add(x, r, x_bias=xb, **options), (x, residual, x_bias))
 
 
-# --- masks ----------------------------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_native_masks_are_the_references(dtype):
     """x = 1 and residual = 0 make the output the mask itself; dy = 1 makes dx the backward's."""
@@ -161,9 +155,6 @@ def test_native_masks_are_the_references(dtype):
     y = ops.dropout_add_layer_norm(x, residual, weight, bias, dropout_p=0.1, rng=RNG, site=SITE, impl="native")
     (dx,) = torch.autograd.grad(y, x, torch.randn(37, 300).to(dtype))
     assert torch.equal(dx == 0, want == 0)
-
-
-# --- the kernels themselves, at every instruction set ------------------------------------------------------------------------
 
 
 def guarded(shape, dtype, guard=64):
@@ -285,9 +276,6 @@ def test_large_results_have_the_bits_of_small_ones(dtype):
         assert torch.equal(whole, torch.cat(parts))
 
 
-# --- what is saved --------------------------------------------------------------------------------------------------------------
-
-
 class Calls(torch.utils._python_dispatch.TorchDispatchMode):
     def __init__(self):
         super().__init__()
@@ -325,9 +313,6 @@ def test_only_inputs_and_statistics_are_saved():
         ops.dropout_add_layer_norm(x, residual, weight, bias, x_bias=x_bias, dropout_p=0.1, rng=RNG)
     known = {t.data_ptr() for t in (x, residual, weight, bias, x_bias, RNG)}
     assert sorted(t.shape for t in saved if t.data_ptr() not in known) == [(16,), (16,)]  # mean, rstd
-
-
-# --- inputs of other kinds ------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("impl", ["reference", "native"])
@@ -419,8 +404,6 @@ def test_gradients_of_x_and_residual_do_not_share_memory(impl):
         ).square().sum().backward()
         assert x.grad.data_ptr() != residual.grad.data_ptr()
 
-
-# --- errors ---------------------------------------------------------------------------------------------------------------------
 
 X, C8 = torch.ones(4, 8), torch.ones(8)
 BAD = [

@@ -16,8 +16,6 @@ from stackbert_kernels.ops import _library as library
 from stackbert_kernels.ops import philox
 from stackbert_kernels.ops.layer_norm import native, reference
 
-# --- checks, shared by the public functions and the fakes -----------------------------------------------------------------------
-
 
 def _check_x(op: str, x: Tensor) -> None:
     if not x.is_floating_point():
@@ -54,7 +52,7 @@ def _check(
     bias: Tensor | None,
     x_bias: Tensor | None,
     eps: float,
-):
+) -> None:
     _check_x(op, x)
     if residual is not None:
         _check_like(op, "residual", residual, x)
@@ -79,9 +77,6 @@ def _dense_like(x: Tensor) -> Tensor:
 def _statistics_of(x: Tensor) -> tuple[Tensor, Tensor]:
     dtype = torch.promote_types(x.dtype, torch.float32)
     return x.new_empty(x.shape[0], dtype=dtype), x.new_empty(x.shape[0], dtype=dtype)
-
-
-# --- layer_norm -----------------------------------------------------------------------------------------------------------------
 
 
 def _layer_norm_fwd_fake(x, weight, bias, eps, impl):
@@ -165,9 +160,6 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-12, *, i
     else:
         y = _layer_norm_forward_only(rows, weight, bias, eps, impl)
     return y.reshape(x.shape)
-
-
-# --- dropout_add_layer_norm -----------------------------------------------------------------------------------------------------
 
 
 def _dropout_add_layer_norm_fwd_fake(x, residual, weight, bias, x_bias, rng, site, threshold, eps, impl):
@@ -285,9 +277,6 @@ def dropout_add_layer_norm(
     return y.reshape(x.shape)
 
 
-# --- dropout_add ----------------------------------------------------------------------------------------------------------------
-
-
 def _dropout_add_fwd_fake(x, residual, x_bias, rng, site, threshold, impl):
     _check("dropout_add", x, residual, None, None, x_bias, 0.0)
     return _dense_like(x)
@@ -345,7 +334,7 @@ def dropout_add(
 ) -> Tensor:
     """residual + dropout(x + x_bias): the end of both halves of a pre-LN layer. Arguments as in dropout_add_layer_norm.
 
-    Nothing but rng is saved for backward, so there is no forward-only twin.
+    No activation is saved for backward, so there is no forward-only twin.
     """
     threshold, rng = philox.dropout_arguments("dropout_add", dropout_p, rng, site, x.device)
     _check_like("dropout_add", "residual", residual, x)
