@@ -55,7 +55,8 @@ struct Tanh {
 };
 
 // Bytes. The hardware's own prefetching stops at 4 KB borders, and waiting there would cost as much as the arithmetic.
-constexpr int64_t kAhead = 1024;
+// Fastest of 512, 1024, 2048, 4096 on a Sapphire Rapids core.
+constexpr int64_t kAhead = 2048;
 
 template <typename T, typename Gelu>
 void forward(const BiasGeluFwd& a) {
