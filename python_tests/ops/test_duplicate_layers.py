@@ -156,6 +156,7 @@ def test_without_a_driver_the_error_names_the_op_and_the_call():
         _C.duplicate_layers_cuda(bank.data_ptr(), 16, 16, [0, 0], 0, 0)
 
 
+@pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no CUDA device")
 @pytest.mark.parametrize("impl", ops.available()["duplicate_layers_"]["cuda"])
 @pytest.mark.parametrize(
