@@ -24,7 +24,7 @@ CPU = TrainConfig(
     model=ModelConfig(layers=12, hidden=128, heads=2, max_position=64, dropout=0.0, init_std=0.05),
     data=DataConfig(train_vocab_size=8192, seq_len=64, batch_tokens=512, mask_rate=0.30, eval_tokens=16384),
     optim=OptimConfig(lr=2e-3, warmup=300, beta2=0.98),
-    steps=8000,
+    steps=8500,
     checkpoint_every=1000,
     eval_every=500,
     log_every=20,
@@ -40,7 +40,7 @@ GPU = TrainConfig(
     eval_every=1000,
     log_every=50,
 )
-RECIPE = MsltOptions(stages=4, joint=0.1, stage_weights=(5, 1, 1, 1))
+RECIPE = MsltOptions(stages=4, joint=0.06, stage_weights=(13, 1, 1, 1))
 
 SENTENCES = (
     "Return the [MASK] of the list.",
