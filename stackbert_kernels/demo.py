@@ -17,8 +17,9 @@ from stackbert_kernels.plan import cost_table
 from stackbert_kernels.recipes import MsltOptions, mslt
 from stackbert_kernels.train.checkpoint import CheckpointError
 
-# Many small steps and a high mask rate leave the unigram plateau soonest. Most of them go to the first stage, where a step costs a fifth
-# of a full one and the embeddings learn. Without dropout: a model this small, on text this short, does not overfit in minutes.
+# Many small steps and a high mask rate leave the unigram plateau soonest. Most of them go to the first stage, where a step costs a third
+# of a full one and the embeddings learn: attention begins to help only after some 4,000 of them. No dropout: over these four passes
+# of the text the held-out loss keeps up with the training loss.
 # init_std: queries and keys of width 128 start as large as BERT's 0.02 makes those of width 768.
 CPU = TrainConfig(
     model=ModelConfig(layers=12, hidden=128, heads=2, max_position=64, dropout=0.0, init_std=0.05),
