@@ -1,86 +1,76 @@
-"""dropout_add_layer_norm and layer_norm, forward and backward, beside torch's composite and a plain copy of as many bytes."""
+"""layer_norm: y = (x - mean) rstd weight + bias over the last dimension."""
 
 from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from timing import arguments, compare, report, speedup
 
 from stackbert_kernels import ops
 
-SHAPES = [(8192, 768), (2048, 768), (8192, 128)]  # (R, C)
+from .harness import BACKWARD, BOTH, FORWARD, FROZEN, Bench, Case, Inputs, Peer
+from .peers import compiled, liger_layer_norm
+
 EPS = 1e-12
+SHAPES = {"cuda": [(65536, 768), (65536, 1024)], "cpu": [(8192, 768), (2048, 768)]}  # (R, C)
+DTYPES = {"cuda": (torch.bfloat16, torch.float16), "cpu": (torch.float32, torch.bfloat16)}
 
 
-def bytes_moved(rows: int, columns: int, itemsize: int, residual: bool) -> int:
-    """Forward reads x (and the residual) and writes y; backward reads dy and the same and writes their gradients."""
-    return rows * columns * itemsize * (8 if residual else 5)
-
-
-def measure(rows: int, columns: int, dtype: torch.dtype, p: float | None, repeats: int) -> dict[str, object]:
-    """p None: layer_norm alone."""
-    x, residual, dy = (torch.randn(rows, columns).to(dtype) for _ in range(3))
-    x.requires_grad_(), residual.requires_grad_()
-    weight, bias = torch.randn(columns, requires_grad=True), torch.randn(columns, requires_grad=True)
-    inputs = [x, weight, bias] if p is None else [x, residual, weight, bias]
-    rng = ops.new_rng(0)
-
-    def forward(impl: str, p: float | None = p) -> torch.Tensor:
-        if p is None:
-            return ops.layer_norm(x, weight, bias, EPS, impl=impl)
-        return ops.dropout_add_layer_norm(x, residual, weight, bias, dropout_p=p, rng=rng, eps=EPS, impl=impl)
-
-    def torchs(p: float | None = p) -> torch.Tensor:
-        z = x if p is None else residual + F.dropout(x, p)
-        return F.layer_norm(z, (columns,), weight.to(dtype), bias.to(dtype), EPS)
-
-    def gradients(y: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        return torch.autograd.grad(y, inputs, dy)
-
-    tolerance = {"rtol": 1e-4, "atol": 1e-3} if dtype == torch.float32 else {"rtol": 0.05, "atol": 0.1}
-    torch.testing.assert_close(forward("native"), forward("reference"), **tolerance)
-    torch.testing.assert_close(gradients(forward("native"))[0], gradients(forward("reference"))[0], **tolerance)
-    without = None if p is None else 0.0
-    torch.testing.assert_close(forward("native", without), torchs(without), **tolerance)
-
-    moved = bytes_moved(rows, columns, x.element_size(), p is not None)
-    source, target = torch.ones(moved // 8), torch.zeros(moved // 8)
-    kept = forward("native")
-    stats = compare(
-        {
-            "native": lambda: gradients(forward("native")),
-            "torch": lambda: gradients(torchs()),
-            "copy": lambda: target.copy_(source),
-            "forward": lambda: forward("native"),
-            "backward": lambda: torch.autograd.grad(kept, inputs, dy, retain_graph=True),
-        },
-        repeats=repeats,
-    )
-    return {
-        "op": "layer_norm" if p is None else f"dropout_add_layer_norm p={p:g}",
-        "R x C": f"{rows} x {columns}",
-        "dtype": str(dtype).removeprefix("torch."),
-        "native ms": 1e3 * stats["native"].median,
-        "forward ms": 1e3 * stats["forward"].median,
-        "backward ms": 1e3 * stats["backward"].median,
-        "native GB/s": moved / stats["native"].median / 1e9,
-        "share of copy": speedup(stats, "copy", "native").median,
-        "torch ms": 1e3 * stats["torch"].median,
-        "speed-up": speedup(stats, "torch", "native").median,
-        "p20": speedup(stats, "torch", "native").p20,
-    }
-
-
-def main() -> None:
-    options = arguments(__doc__)
-    rows = [
-        measure(*shape, dtype, p, options.repeats)
-        for p in (0.1, 0.0, None)
-        for shape in SHAPES
-        for dtype in (torch.float32, torch.bfloat16)
+def cases(device: str, quick: bool) -> list[Case]:
+    if quick:
+        return [Case("64 x 128", {"R": 64, "C": 128}, DTYPES[device][0])]
+    return [
+        Case(
+            f"{R} x {C}",
+            {"R": R, "C": C},
+            dtype,
+            directions=(FORWARD, BACKWARD, FROZEN) if device == "cuda" else (BOTH,),
+        )
+        for R, C in SHAPES[device]
+        for dtype in DTYPES[device]
     ]
-    report(rows, options.json)
 
 
-if __name__ == "__main__":
-    main()
+def inputs(case: Case, device: str) -> Inputs:
+    R, C = case["R"], case["C"]
+    x, dy = (torch.randn(R, C, device=device).to(case.dtype) for _ in range(2))
+    weight, bias = (torch.randn(C, device=device).requires_grad_() for _ in range(2))
+    return {"x": x.requires_grad_(), "weight": weight, "bias": bias, "grad": dy}
+
+
+def ours(case: Case, t: Inputs, impl: str):
+    return lambda: ops.layer_norm(t["x"], t["weight"], t["bias"], EPS, impl=impl)
+
+
+def composite(x, weight, bias):
+    return F.layer_norm(x, x.shape[-1:], weight.to(x.dtype), bias.to(x.dtype), EPS)
+
+
+def of(function):
+    return lambda case, t: lambda: function(t["x"], t["weight"], t["bias"])
+
+
+def bytes_moved(case: Case, direction: str) -> int:
+    """forward reads x and writes y, mean and rstd; backward reads x, dy, mean and rstd and writes dx. Weight and bias are small."""
+    R, C = case["R"], case["C"]
+    row, statistics = R * C * case.dtype.itemsize, R * 2 * 4
+    forward, backward = 2 * row + statistics, 3 * row + statistics
+    return {FORWARD: forward, BACKWARD: backward, BOTH: forward + backward, FROZEN: 2 * row}[direction]
+
+
+LAYER_NORM = Bench(
+    op="layer_norm",
+    folder="layer_norm",
+    cases=cases,
+    inputs=inputs,
+    ours=ours,
+    peers=(
+        Peer("torch", of(composite)),
+        Peer("torch.compile", of(compiled(composite))),
+        Peer("Liger", liger_layer_norm),
+    ),
+    bytes_moved=bytes_moved,
+    flops=lambda case, direction: 0,
+    test="python_tests/ops/test_layer_norm.py",
+)
+
+BENCHES = (LAYER_NORM,)

@@ -1,0 +1,156 @@
+"""`python -m benchmarks` and `stackbert bench`: check every op against float64, then time it beside its peers."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+DONE, FAILED, BAD_ARGUMENTS = 0, 1, 2
+DTYPES = ("fp32", "bf16", "fp16")
+
+
+class BadUse(Exception):
+    """Bad arguments, in one line."""
+
+
+class Parser(argparse.ArgumentParser):
+    """An error is one line, as everywhere on this command line."""
+
+    def error(self, message: str):
+        raise BadUse(message)
+
+
+def run_parser(prog: str) -> Parser:
+    parser = Parser(
+        prog=prog,
+        description=__doc__,
+        epilog="Other commands: train_step and time_to_loss (whole training), compare A B, report. Each has --help.",
+    )
+    parser.add_argument("ops", nargs="*", metavar="OP", help="which ops; all without one (--list shows them)")
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    parser.add_argument("--dtype", choices=DTYPES, nargs="+", help="only these")
+    parser.add_argument(
+        "--quick", action="store_true", help="one small case an op: shows that everything runs, not how fast"
+    )
+    parser.add_argument("--repeats", type=int, default=30, help="timed rounds of a case (default 30)")
+    parser.add_argument("--minutes", type=float, help="end after about so long; what is left out is named")
+    parser.add_argument("--threads", type=int, help="CPU threads")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="write ops.json and a plot of each op there")
+    parser.add_argument("--commit", help="of these sources, where they are a copy without their history")
+    parser.add_argument("--json", action="store_true", help="print the result as one JSON object instead of tables")
+    parser.add_argument("--list", action="store_true", help="show what would be measured, then stop")
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None, prog: str = "python -m benchmarks") -> int:
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    name = arguments[0] if arguments else ""
+    try:
+        if name in ("train_step", "time_to_loss", "compare", "report"):
+            return _other(name)(arguments[1:], prog=f"{prog} {name}")
+        return run_ops(run_parser(prog).parse_args(arguments))
+    except BadUse as error:
+        print(f"{prog}: {' '.join(str(error).split())}", file=sys.stderr)
+        return BAD_ARGUMENTS
+    except KeyboardInterrupt:
+        print(f"{prog}: interrupted", file=sys.stderr)
+        return FAILED
+
+
+def _other(name: str):
+    from importlib import import_module
+
+    return import_module({"compare": ".compare", "report": ".report"}.get(name, f".bench_{name}"), __package__).main
+
+
+def device_of(wanted: str) -> str:
+    """cpu or cuda; BadUse where a GPU is wanted and none is seen."""
+    import torch
+
+    seen = torch.cuda.is_available()
+    if wanted == "cuda" and not seen:
+        raise BadUse(f"--device cuda: torch {torch.__version__} sees no GPU here")
+    return ("cuda" if seen else "cpu") if wanted == "auto" else wanted
+
+
+def run_ops(options: argparse.Namespace) -> int:
+    if options.repeats < 2:
+        raise BadUse(f"--repeats must be at least 2, got {options.repeats}")
+    if options.minutes is not None and options.minutes <= 0:
+        raise BadUse(f"--minutes must be above 0, got {options.minutes:g}")
+    if options.threads is not None and options.threads < 1:
+        raise BadUse(f"--threads must be at least 1, got {options.threads}")
+    device = device_of(options.device)
+
+    import torch
+    from tqdm import tqdm
+
+    from . import machine, results_file, table
+    from .declared import BENCHES
+    from .harness import dtype_name, run
+
+    known = [bench.op for bench in BENCHES]
+    for op in options.ops:
+        if op not in known:
+            raise BadUse(f"unknown op {op!r}; ops are {', '.join(known)}")
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    if options.out:
+        try:
+            options.out.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise BadUse(f"--out {options.out}: {error.strerror}") from None
+
+    def keep(case) -> bool:
+        return not options.dtype or dtype_name(case.dtype) in options.dtype
+
+    benches = [bench for bench in BENCHES if not options.ops or bench.op in options.ops]
+    planned = [(bench.op, str(case)) for bench in benches for case in bench.cases(device, options.quick) if keep(case)]
+    if options.list:
+        print("\n".join(f"{op} {case}" for op, case in planned))
+        return DONE
+    if not planned:
+        raise BadUse(f"nothing to measure on {device} with --dtype {' '.join(options.dtype)}")
+
+    result = {
+        "format": results_file.FORMAT,
+        "kind": "ops",
+        "machine": machine.machine(device, options.commit),
+        "sources": {bench.op: machine.digest(bench.folder) for bench in benches},
+        "quick": options.quick,
+        "rows": [],
+        "problems": [],
+    }
+    print(table.header(result["machine"]), file=sys.stderr)
+    bar = tqdm(total=len(planned), disable=not sys.stderr.isatty(), unit="case", file=sys.stderr)
+
+    def add(rows: list[dict]) -> None:
+        result["rows"] += rows
+        bar.update()
+        if options.out:
+            results_file.write(options.out / "ops.json", result)
+
+    result["problems"] = run(
+        benches, device, quick=options.quick, repeats=options.repeats, minutes=options.minutes,
+        keep=keep, on_rows=add, on_case=bar.set_description,
+    )  # fmt: skip
+    bar.close()
+    if options.out:
+        results_file.write(options.out / "ops.json", result)
+    if options.json:
+        print(json.dumps(result, indent=1))
+    else:
+        for bench in benches:
+            rows = [row for row in result["rows"] if row["op"] == bench.op]
+            print(f"\n{table.text(table.op_rows(rows))}")
+        print("".join(f"\n{line}" for line in (*table.left_out(result["rows"]), *result["problems"])))
+    wrong = [row for row in result["rows"] if row["ours"] is None]
+    failed = [line for line in result["problems"] if not line.endswith("the time was up")]
+    return FAILED if wrong or failed else DONE
+
+
+if __name__ == "__main__":
+    sys.exit(main())
