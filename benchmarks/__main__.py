@@ -8,19 +8,9 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-DONE, FAILED, BAD_ARGUMENTS = 0, 1, 2
+from .command_line import DONE, FAILED, BadUse, Parser, answered, device_of
+
 DTYPES = ("fp32", "bf16", "fp16")
-
-
-class BadUse(Exception):
-    """Bad arguments, in one line."""
-
-
-class Parser(argparse.ArgumentParser):
-    """An error is one line, as everywhere on this command line."""
-
-    def error(self, message: str):
-        raise BadUse(message)
 
 
 def run_parser(prog: str) -> Parser:
@@ -48,32 +38,15 @@ def run_parser(prog: str) -> Parser:
 def main(arguments: Sequence[str] | None = None, prog: str = "python -m benchmarks") -> int:
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     name = arguments[0] if arguments else ""
-    try:
-        if name in ("train_step", "time_to_loss", "compare", "report"):
-            return _other(name)(arguments[1:], prog=f"{prog} {name}")
-        return run_ops(run_parser(prog).parse_args(arguments))
-    except BadUse as error:
-        print(f"{prog}: {' '.join(str(error).split())}", file=sys.stderr)
-        return BAD_ARGUMENTS
-    except KeyboardInterrupt:
-        print(f"{prog}: interrupted", file=sys.stderr)
-        return FAILED
+    if name in ("train_step", "time_to_loss", "compare", "report"):
+        return answered(_other(name), arguments[1:], f"{prog} {name}")
+    return answered(lambda given, prog: run_ops(run_parser(prog).parse_args(given)), arguments, prog)
 
 
 def _other(name: str):
     from importlib import import_module
 
     return import_module({"compare": ".compare", "report": ".report"}.get(name, f".bench_{name}"), __package__).main
-
-
-def device_of(wanted: str) -> str:
-    """cpu or cuda; BadUse where a GPU is wanted and none is seen."""
-    import torch
-
-    seen = torch.cuda.is_available()
-    if wanted == "cuda" and not seen:
-        raise BadUse(f"--device cuda: torch {torch.__version__} sees no GPU here")
-    return ("cuda" if seen else "cpu") if wanted == "auto" else wanted
 
 
 def run_ops(options: argparse.Namespace) -> int:

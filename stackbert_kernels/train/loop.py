@@ -373,9 +373,9 @@ def _finished(run: Run, message: str) -> dict:
 # What runs
 
 
-def check_machine(config: TrainConfig) -> None:
-    """ConfigError if this machine lacks the device or the implementation that `config` names."""
-    _kernels(config, _device(config.device))
+def check_machine(config: TrainConfig) -> dict[str, str]:
+    """The concrete implementation of every op; ConfigError if this machine lacks the device or the implementation that `config` names."""
+    return _kernels(config, _device(config.device))
 
 
 def _device(wanted: str) -> torch.device:
