@@ -1,7 +1,12 @@
-"""Every test starts from the same random state."""
+"""Every test starts from the same random state. Without a GPU, Triton kernels run in Triton's interpreter."""
+
+import os
 
 import pytest
 import torch
+
+if not torch.cuda.is_available():  # before anything imports triton or ops
+    os.environ["TRITON_INTERPRET"] = "1"
 
 
 @pytest.fixture(autouse=True)

@@ -42,7 +42,7 @@ def test_the_text_names_what_matters(report):
         "torch",
         "cpu:",
         "masked_lm_loss",
-        "not triton: no triton implementation on cpu",
+        "not triton: the interpreter of Triton is for tests",
         "self-test passed",
     ):
         assert wanted in text

@@ -8,9 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
+from importlib import import_module
 
 import torch
 from torch import Tensor
+
+from stackbert_kernels.ops import _triton
 
 try:
     from stackbert_kernels import _C
@@ -39,6 +43,19 @@ def why_no_native(device: str) -> str | None:
 Table = dict[str, dict[str, Callable]]  # device -> implementation -> function
 
 
+def lazy(module: str, name: str) -> Callable:
+    """A function of a module that is imported at the first call: Triton takes long to import and may be missing."""
+
+    @cache
+    def load() -> Callable:
+        return getattr(import_module(module), name)
+
+    def call(*arguments):
+        return load()(*arguments)
+
+    return call
+
+
 @dataclass(frozen=True)
 class Explanation:
     """Which implementation "auto" takes for given tensors, and why not the others."""
@@ -62,8 +79,11 @@ class Op:
     why_not: Callable[..., str | None]
 
     def available(self) -> dict[str, list[str]]:
+        """Without triton on the CPU: that is Triton's interpreter, for tests that ask for it by name."""
         return {
-            device: [i for i in PREFERENCE if i in implementations and not (i == "native" and why_no_native(device))]
+            device: [
+                i for i in PREFERENCE if i in implementations and _why_unavailable(i, torch.device(device)) is None
+            ]
             for device, implementations in self.table.items()
         }
 
@@ -73,10 +93,21 @@ class Op:
             return f"{self.name} has no {impl} implementation on {device}"
         if impl == "native" and why_no_native(device):
             return why_no_native(device)
+        if impl == "triton" and (
+            reason := _triton.why_not(tensors[0].device) or _triton.why_not_dtype(tensors[0].dtype)
+        ):
+            return reason
         return self.why_not(impl, *tensors)
 
+    def _auto_reason(self, impl: str, tensors: tuple[Tensor, ...]) -> str | None:
+        """Why "auto" does not take it."""
+        reason = self._reason(impl, tensors)
+        if reason is None and impl == "triton" and tensors[0].device.type == "cpu":
+            return "the interpreter of Triton is for tests, which ask for it by name"
+        return reason
+
     def explain(self, *tensors: Tensor) -> Explanation:
-        reasons = {impl: self._reason(impl, tensors) for impl in PREFERENCE}
+        reasons = {impl: self._auto_reason(impl, tensors) for impl in PREFERENCE}
         chosen = next((impl for impl in PREFERENCE if reasons[impl] is None), None)
         device = tensors[0].device.type
         if chosen is None:
@@ -87,7 +118,7 @@ class Op:
         """A concrete implementation. A wanted one that cannot run is an error that names those that can."""
         if impl == "auto":
             for name in PREFERENCE:
-                if self._reason(name, tensors) is None:
+                if self._auto_reason(name, tensors) is None:
                     return name
             self.explain(*tensors)  # raises
         reason = self._reason(impl, tensors) if impl in PREFERENCE else "no such implementation"
@@ -97,6 +128,12 @@ class Op:
                 f"{self.name}: impl={impl!r} cannot run here: {reason}; usable: {', '.join(usable) or 'none'}"
             )
         return impl
+
+
+def _why_unavailable(impl: str, device: torch.device) -> str | None:
+    if impl == "triton":
+        return "interpreted" if device.type == "cpu" else _triton.why_not(device)
+    return why_no_native(device.type) if impl == "native" else None
 
 
 def define(schema: str, table: Table, fake: Callable) -> Callable:

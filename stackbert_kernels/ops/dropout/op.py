@@ -9,9 +9,11 @@ from stackbert_kernels.ops import _library as library
 from stackbert_kernels.ops import philox
 from stackbert_kernels.ops.dropout import native, reference
 
+triton = library.lazy("stackbert_kernels.ops.dropout.triton_kernel", "dropout")
+
 TABLE = {
-    "cpu": {"reference": reference.dropout, "native": native.dropout},
-    "cuda": {"reference": reference.dropout},
+    "cpu": {"reference": reference.dropout, "native": native.dropout, "triton": triton},
+    "cuda": {"reference": reference.dropout, "triton": triton},
 }
 
 
