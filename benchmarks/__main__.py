@@ -61,7 +61,7 @@ def run_ops(options: argparse.Namespace) -> int:
     import torch
     from tqdm import tqdm
 
-    from . import machine, results_file, table
+    from . import figure, machine, results_file, table
     from .declared import BENCHES
     from .harness import dtype_name, run
 
@@ -113,6 +113,7 @@ def run_ops(options: argparse.Namespace) -> int:
     bar.close()
     if options.out:
         results_file.write(options.out / "ops.json", result)
+        figure.write(result, options.out)
     if options.json:
         print(json.dumps(result, indent=1))
     else:

@@ -4,6 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+OURS = ("native", "triton", "reference")
+
+
+def is_ours(contender: str) -> bool:
+    """An implementation of an op, or a whole step of ours ("ours native")."""
+    return contender in OURS or contender.split()[0] == "ours"
+
 
 def text(rows: Sequence[Mapping[str, object]]) -> str:
     """Columns are the keys of all rows, in order of appearance; floats get three digits, what a row lacks a dash."""
@@ -36,6 +43,19 @@ def header(machine: Mapping[str, object]) -> str:
     commit = str(machine.get("commit") or "unknown")[:12] + (" with changes" if machine.get("dirty") else "")
     triton = f", triton {machine['triton']}" if machine.get("triton") else ""
     return f"{place}; torch {machine['torch']}{triton}; commit {commit}; {machine['date']}"
+
+
+def case_name(row: Mapping) -> str:
+    """ "65536 x 768 bf16 p=0.1": what a row of the op benchmarks measured, without its direction."""
+    options = "".join(f" {key}={value}" for key, value in row["options"].items())
+    dropout = f" p={row['p']:g}" if row["p"] else ""
+    return f"{row['case']} {row['dtype']}{dropout}{options}"
+
+
+def floor(row: Mapping) -> float | None:
+    """The seconds that the declared bytes and FLOPs take at least, by the ceilings of the same rounds."""
+    amounts = {"copy": row["bytes"], "matmul": row["flops"]}
+    return max((amounts[name] / rate for name, rate in row["ceilings"].items()), default=None)
 
 
 def op_rows(rows: Sequence[Mapping]) -> list[dict[str, object]]:
