@@ -55,7 +55,7 @@ def case_name(row: Mapping) -> str:
 def floor(row: Mapping) -> float | None:
     """The seconds that the declared bytes and FLOPs take at least, by the ceilings of the same rounds."""
     amounts = {"copy": row["bytes"], "matmul": row["flops"]}
-    return max((amounts[name] / rate for name, rate in row["ceilings"].items()), default=None)
+    return max((amounts[name] / rate for name, rate in row.get("ceilings", {}).items()), default=None)
 
 
 def op_rows(rows: Sequence[Mapping]) -> list[dict[str, object]]:
