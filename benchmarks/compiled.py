@@ -36,7 +36,8 @@ def compiled(compilation, arch: int) -> dict[str, object]:
     from triton.compiler import ASTSource
 
     names = compilation.kernel.arg_names
-    types = {name: kind.removesuffix(":16") for name, kind in compilation.signature.items()}
+    multiples = [n for n, kind in compilation.signature.items() if isinstance(kind, str) and kind.endswith(":16")]
+    types = {n: kind[:-3] if n in multiples else kind for n, kind in compilation.signature.items()}
     missing = set(names) - set(types) - set(compilation.constants)
     if missing:
         raise ValueError(f"{compilation.name}: neither type nor constant for {', '.join(sorted(missing))}")
@@ -44,11 +45,7 @@ def compiled(compilation, arch: int) -> dict[str, object]:
         compilation.kernel,
         {name: types.get(name, "constexpr") for name in names},
         dict(compilation.constants),
-        {
-            (names.index(name),): [["tt.divisibility", 16]]
-            for name, kind in compilation.signature.items()
-            if kind.endswith(":16")
-        },
+        {(names.index(name),): [["tt.divisibility", 16]] for name in multiples},
     )
     options = {"num_warps": compilation.num_warps, "num_stages": compilation.num_stages}
     binary = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)

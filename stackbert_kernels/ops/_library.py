@@ -77,6 +77,7 @@ class Op:
     name: str
     table: Table
     why_not: Callable[..., str | None]
+    any_dtype: bool = False  # its Triton kernels move bytes
 
     def available(self) -> dict[str, list[str]]:
         """Without triton on the CPU: that is Triton's interpreter, for tests that ask for it by name."""
@@ -93,9 +94,9 @@ class Op:
             return f"{self.name} has no {impl} implementation on {device}"
         if impl == "native" and why_no_native(device):
             return why_no_native(device)
-        if impl == "triton" and (
-            reason := _triton.why_not(tensors[0].device) or _triton.why_not_dtype(tensors[0].dtype)
-        ):
+        if impl == "triton" and (reason := _triton.why_not(tensors[0].device)):
+            return reason
+        if impl == "triton" and not self.any_dtype and (reason := _triton.why_not_dtype(tensors[0].dtype)):
             return reason
         return self.why_not(impl, *tensors)
 

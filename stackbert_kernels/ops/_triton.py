@@ -103,7 +103,7 @@ class Compilation:
     name           op, kernel, shape and dtype, for the table
     kernel         the @triton.jit function
     signature      {argument: type}, without constants: "*bf16", "i32", "fp32"; ":16" at the end = a multiple of 16 (of a pointer: of
-                   16 bytes), as torch's allocations are; without it no load can be 128-bit
+                   16 bytes), as torch's allocations are; without it no load can be 128-bit; a tuple of types for a tuple
     constants      {argument: value} of the constexpr arguments, and of those that are None or 1
     max_registers  a thread's; more would leave too few warps on an SM
     max_spills     instructions that store registers to local memory
@@ -113,7 +113,7 @@ class Compilation:
 
     name: str
     kernel: object
-    signature: Mapping[str, str]
+    signature: Mapping[str, str | tuple[str, ...]]
     constants: Mapping[str, object]
     num_warps: int = 4
     num_stages: int = 3

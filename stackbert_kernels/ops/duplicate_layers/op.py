@@ -11,12 +11,22 @@ from torch import Tensor
 from stackbert_kernels.ops import _library as library
 from stackbert_kernels.ops.duplicate_layers import native, reference
 
-TABLE = {
-    "cpu": {"reference": reference.duplicate_layers_, "native": native.duplicate_layers_cpu},
-    "cuda": {"reference": reference.duplicate_layers_, "native": native.duplicate_layers_cuda},
-}
+triton = library.lazy("stackbert_kernels.ops.duplicate_layers.triton_kernel", "duplicate_layers_")
 
-OP = library.Op("duplicate_layers_", TABLE, lambda impl, bank: None)
+TABLE = {
+    "cpu": {"reference": reference.duplicate_layers_, "native": native.duplicate_layers_cpu, "triton": triton},
+    "cuda": {"reference": reference.duplicate_layers_, "native": native.duplicate_layers_cuda, "triton": triton},
+}
+MOST_TRITON_ROWS = 4096  # the triton kernel names a row by 12 bits
+
+
+def _why_not(impl: str, bank: Tensor) -> str | None:
+    if impl == "triton" and bank.shape[0] > MOST_TRITON_ROWS:
+        return f"triton takes banks of at most {MOST_TRITON_ROWS} rows, got {bank.shape[0]}"
+    return None
+
+
+OP = library.Op("duplicate_layers_", TABLE, _why_not, any_dtype=True)
 
 
 def _check(bank: Tensor, layer_map: list[int]) -> None:
