@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from .command_line import DONE, FAILED, BadUse, Parser, answered, device_of
+from .command_line import DONE, FAILED, BadUse, Parser, answered, device_of, make_folder
 
 DTYPES = ("fp32", "bf16", "fp16")
 
@@ -71,11 +71,7 @@ def run_ops(options: argparse.Namespace) -> int:
             raise BadUse(f"unknown op {op!r}; ops are {', '.join(known)}")
     if options.threads:
         torch.set_num_threads(options.threads)
-    if options.out:
-        try:
-            options.out.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise BadUse(f"--out {options.out}: {error.strerror}") from None
+    make_folder(options.out)
 
     def keep(case) -> bool:
         return not options.dtype or dtype_name(case.dtype) in options.dtype

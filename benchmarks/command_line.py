@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 DONE, FAILED, BAD_ARGUMENTS = 0, 1, 2
 
@@ -40,3 +41,12 @@ def device_of(wanted: str) -> str:
     if wanted == "cuda" and not seen:
         raise BadUse(f"--device cuda: torch {torch.__version__} sees no GPU here")
     return ("cuda" if seen else "cpu") if wanted == "auto" else wanted
+
+
+def make_folder(path: Path | None) -> None:
+    """The folder of --out, where one is wanted."""
+    try:
+        if path:
+            path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise BadUse(f"--out {path}: {error.strerror}") from None
