@@ -1,53 +1,77 @@
-"""duplicate_layers_ against the machine's copy bandwidth: 6 layers of BERT-base become 12, [0..5] -> [0..5, 0..5]."""
+"""duplicate_layers_: depth growth L -> 2 L by [0..L-1, 0..L-1] of the weights and both moments, three banks [2 L, P] of float32."""
 
 from __future__ import annotations
 
 import torch
-from timing import arguments, compare, report, speedup
 
 from stackbert_kernels import ops
 
-BERT_BASE_LAYER = 7_087_872  # parameters of one encoder layer
-SHAPES = [(6, BERT_BASE_LAYER), (3, BERT_BASE_LAYER), (6, 200_000)]  # rows that are copied, elements of a row
+from .harness import STEP, Bench, Call, Case, Inputs, Peer
+
+BASE, LARGE = 7_087_872, 12_596_224  # parameters of an encoder layer of BERT-base and -large
+BANKS = ("weights", "exp_avg", "exp_avg_sq")
 
 
-def bytes_moved(rows: int, columns: int) -> int:
-    return 2 * rows * columns * 4  # read the lower rows, write the upper ones
+def cases(device: str, quick: bool) -> list[Case]:
+    if quick:
+        return [_case(3, 1000)]
+    if device == "cpu":
+        return [_case(3, BASE), _case(6, 200_000)]
+    return [_case(6, BASE, main=True), _case(3, BASE), _case(12, LARGE)]
 
 
-def main() -> None:
-    options = arguments(__doc__)
-    table = []
-    for rows, columns in SHAPES:
-        bank = torch.randn(2 * rows, columns)
-        layer_map = list(range(rows)) * 2
-        lower, upper = bank[:rows], bank[rows:]
-        wanted = bank[layer_map]
-        if not torch.equal(ops.duplicate_layers_(bank, layer_map), wanted):
-            raise SystemExit("duplicate_layers_ is wrong: nothing is timed")
-        stats = compare(
-            {
-                "native": lambda bank=bank, layer_map=layer_map: ops.duplicate_layers_(bank, layer_map, impl="native"),
-                "reference": lambda bank=bank, layer_map=layer_map: ops.duplicate_layers_(
-                    bank, layer_map, impl="reference"
-                ),
-                "copy": lambda lower=lower, upper=upper: upper.copy_(lower),
-            },
-            repeats=options.repeats,
-        )
-        table.append(
-            {
-                "rows x elements": f"{rows} x {columns}",
-                "native ms": 1e3 * stats["native"].median,
-                "native GB/s": bytes_moved(rows, columns) / stats["native"].median / 1e9,
-                "copy GB/s": bytes_moved(rows, columns) / stats["copy"].median / 1e9,
-                "share of copy": speedup(stats, "copy", "native").median,
-                "share p20": speedup(stats, "copy", "native").p20,
-                "against reference": speedup(stats, "reference", "native").median,
-            }
-        )
-    report(table, options.json)
+def _case(L: int, P: int, **rest) -> Case:
+    return Case(f"{L} to {2 * L} layers of {P}", {"L": L, "P": P}, torch.float32, directions=(STEP,), **rest)
 
 
-if __name__ == "__main__":
-    main()
+def inputs(case: Case, device: str) -> Inputs:
+    return {bank: torch.randn(2 * case["L"], case["P"], device=device) for bank in BANKS}
+
+
+def ours(case: Case, t: Inputs, impl: str) -> Call:
+    layer_map = list(range(case["L"])) * 2
+    return lambda: {bank: ops.duplicate_layers_(t[bank], layer_map, impl=impl) for bank in BANKS}
+
+
+def halves(case: Case, t: Inputs) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    L = case["L"]
+    return [t[bank][L:] for bank in BANKS], [t[bank][:L] for bank in BANKS]
+
+
+def copies(case: Case, t: Inputs) -> Call:
+    def call():
+        for upper, lower in zip(*halves(case, t), strict=True):
+            upper.copy_(lower)
+        return t
+
+    return call
+
+
+def foreach(case: Case, t: Inputs) -> Call:
+    upper, lower = halves(case, t)
+
+    def call():
+        torch._foreach_copy_(upper, lower)
+        return t
+
+    return call
+
+
+def bytes_moved(case: Case, direction: str) -> int:
+    """The lower rows are read, the upper ones written."""
+    return len(BANKS) * 2 * case["L"] * case["P"] * 4
+
+
+DUPLICATE_LAYERS = Bench(
+    op="duplicate_layers_",
+    folder="duplicate_layers",
+    cases=cases,
+    inputs=inputs,
+    ours=ours,
+    peers=(Peer("torch", copies), Peer("torch foreach", foreach)),
+    bytes_moved=bytes_moved,
+    flops=lambda case, direction: 0,
+    test="python_tests/ops/test_duplicate_layers.py",
+)
+
+BENCHES = (DUPLICATE_LAYERS,)

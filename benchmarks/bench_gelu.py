@@ -1,75 +1,76 @@
-"""bias_gelu, forward and backward, beside F.gelu(x + bias) and a plain copy of as many bytes."""
+"""bias_gelu: y = gelu(x + bias), exact (erf) or by the tanh approximation. R rows, C columns: the inner size of a layer."""
 
 from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from timing import arguments, compare, report, speedup
 
 from stackbert_kernels import ops
 
-SHAPES = [(8192, 3072), (2048, 3072), (2048, 512)]  # (R, C)
+from .harness import BACKWARD, BOTH, FORWARD, FROZEN, Bench, Call, Case, Inputs, Peer
+from .peers import compiled
+
+APPROXIMATE = {"erf": "none", "tanh": "tanh"}
 
 
-def bytes_moved(rows: int, columns: int, itemsize: int) -> int:
-    return rows * columns * itemsize * 5  # forward reads x and writes y; backward reads dy and x and writes dx
-
-
-def measure(rows: int, columns: int, dtype: torch.dtype, approximate: str, repeats: int) -> dict[str, object]:
-    x, bias, dy = torch.randn(rows, columns).to(dtype), torch.randn(columns), torch.randn(rows, columns).to(dtype)
-    x.requires_grad_(), bias.requires_grad_()
-
-    def native() -> torch.Tensor:
-        return ops.bias_gelu(x, bias, approximate=approximate, impl="native")
-
-    def torchs() -> torch.Tensor:
-        return F.gelu(x + bias.to(dtype), approximate=approximate)
-
-    def gradients(y: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        return torch.autograd.grad(y, (x, bias), dy)
-
-    tolerance = {"rtol": 1e-4, "atol": 1e-5} if dtype == torch.float32 else {"rtol": 0.05, "atol": 0.05}
-    torch.testing.assert_close(native(), torchs(), **tolerance)
-    torch.testing.assert_close(gradients(native())[0], gradients(torchs())[0], **tolerance)
-
-    moved = bytes_moved(rows, columns, x.element_size())
-    source, target = torch.ones(moved // 8), torch.zeros(moved // 8)
-    kept = native()
-    stats = compare(
-        {
-            "native": lambda: gradients(native()),
-            "torch": lambda: gradients(torchs()),
-            "copy": lambda: target.copy_(source),
-            "forward": native,
-            "backward": lambda: torch.autograd.grad(kept, (x, bias), dy, retain_graph=True),
-        },
-        repeats=repeats,
-    )
-    return {
-        "R x C": f"{rows} x {columns}",
-        "dtype": str(dtype).removeprefix("torch."),
-        "approximate": approximate,
-        "native ms": 1e3 * stats["native"].median,
-        "forward ms": 1e3 * stats["forward"].median,
-        "backward ms": 1e3 * stats["backward"].median,
-        "native GB/s": moved / stats["native"].median / 1e9,
-        "share of copy": speedup(stats, "copy", "native").median,
-        "torch ms": 1e3 * stats["torch"].median,
-        "speed-up": speedup(stats, "torch", "native").median,
-        "p20": speedup(stats, "torch", "native").p20,
-    }
-
-
-def main() -> None:
-    options = arguments(__doc__)
-    rows = [
-        measure(*shape, dtype, approximate, options.repeats)
-        for shape in SHAPES
-        for dtype in (torch.float32, torch.bfloat16)
-        for approximate in ("none", "tanh")
+def cases(device: str, quick: bool) -> list[Case]:
+    if quick:
+        return [_case(64, 128, "erf", torch.bfloat16 if device == "cuda" else torch.float32)]
+    bf16, fp16, fp32 = torch.bfloat16, torch.float16, torch.float32
+    if device == "cpu":
+        return [
+            _case(R, 3072, form, dtype, directions=(BOTH,))
+            for R in (8192, 2048)
+            for dtype in (fp32, bf16)
+            for form in (APPROXIMATE if R == 8192 else ("erf",))
+        ]
+    return [
+        _case(65536, 3072, "erf", bf16, main=True, directions=(FORWARD, BACKWARD, FROZEN)),
+        _case(65536, 4096, "erf", bf16),
+        _case(65536, 3072, "tanh", bf16),
+        _case(65536, 3072, "erf", fp16),
     ]
-    report(rows, options.json)
 
 
-if __name__ == "__main__":
-    main()
+def _case(R: int, C: int, form: str, dtype: torch.dtype, **rest) -> Case:
+    return Case(f"{R} x {C}", {"R": R, "C": C}, dtype, options={"form": form}, **rest)
+
+
+def inputs(case: Case, device: str) -> Inputs:
+    R, C = case["R"], case["C"]
+    x, dy = (torch.randn(R, C, device=device).to(case.dtype) for _ in range(2))
+    return {"x": x.requires_grad_(), "bias": torch.randn(C, device=device).requires_grad_(), "grad": dy}
+
+
+def ours(case: Case, t: Inputs, impl: str) -> Call:
+    approximate = APPROXIMATE[case.options["form"]]
+    return lambda: ops.bias_gelu(t["x"], t["bias"], approximate=approximate, impl=impl)
+
+
+def composite(x, bias, approximate: str):
+    return F.gelu(x + bias.to(x.dtype), approximate=approximate)
+
+
+def by(function):
+    return lambda case, t: lambda: function(t["x"], t["bias"], APPROXIMATE[case.options["form"]])
+
+
+def bytes_moved(case: Case, direction: str) -> int:
+    """forward reads x and writes y; backward reads x and dy and writes dx. The bias is small."""
+    tensor = case["R"] * case["C"] * case.dtype.itemsize
+    return tensor * {FORWARD: 2, FROZEN: 2, BACKWARD: 3, BOTH: 5}[direction]
+
+
+BIAS_GELU = Bench(
+    op="bias_gelu",
+    folder="gelu",
+    cases=cases,
+    inputs=inputs,
+    ours=ours,
+    peers=(Peer("torch", by(composite)), Peer("torch.compile", compiled(composite, by))),
+    bytes_moved=bytes_moved,
+    flops=lambda case, direction: 0,
+    test="python_tests/ops/test_gelu.py",
+)
+
+BENCHES = (BIAS_GELU,)

@@ -1,64 +1,106 @@
-"""masked_lm_loss, forward and backward, beside F.cross_entropy(F.linear(...)): the decoder of a small and of a base model."""
+"""masked_lm_loss: decoder and cross entropy of the masked tokens, with their gradients. R masked rows, C columns, V vocabulary."""
 
 from __future__ import annotations
 
-import timing
 import torch
 import torch.nn.functional as F
 
 from stackbert_kernels import ops
 
-SHAPES = [(307, 128, 8192), (614, 768, 30528)]  # R masked rows (15% of 2,048 and of 4,096 tokens), C, V
-MODES = {"fp32": (torch.float32, torch.float32), "bf16": (torch.bfloat16, torch.float32)}  # hidden; weight and bias
+from .harness import BOTH, FROZEN, Bench, Call, Case, Inputs, Peer
+from .peers import apex_cross_entropy, compiled, liger_cross_entropy, liger_fused_linear_cross_entropy
+
+V = 30528
+MASKED = 9830  # 15% of 65,536 tokens
 
 
-def flops(R: int, C: int, V: int, products: int) -> int:
-    """Each of the three products (logits, dhidden, dweight) multiplies and adds R C V times."""
-    return products * 2 * R * C * V
+def cases(device: str, quick: bool) -> list[Case]:
+    bf16, fp16, fp32 = torch.bfloat16, torch.float16, torch.float32
+    if quick:
+        return [_case(20, 64, 300, bf16 if device == "cuda" else fp32)]
+    if device == "cpu":  # 15% of 2,048 tokens of a small model, and of a base model
+        return [
+            _case(R, C, V_, dtype, weight)
+            for R, C, V_ in ((307, 128, 8192), (307, 768, V))
+            for dtype in (fp32, bf16)
+            for weight in ("trained", "frozen")
+            if C == 768 or weight == "trained"
+        ]
+    return [
+        _case(MASKED, 768, V, bf16, main=True),
+        _case(MASKED, 1024, V, bf16),
+        _case(MASKED, 768, V, bf16, "frozen", directions=(BOTH, FROZEN)),
+        _case(MASKED, 768, V, fp16),
+    ]
 
 
-def measure(R: int, C: int, V: int, mode: str, frozen: bool, repeats: int) -> dict[str, object]:
-    hidden_dtype, weight_dtype = MODES[mode]
-    hidden = torch.randn(R, C, dtype=hidden_dtype, requires_grad=True)
-    weight = torch.randn(V, C, dtype=weight_dtype).mul_(0.02).requires_grad_(not frozen)
-    bias = torch.zeros(V, dtype=weight_dtype, requires_grad=True)
-    labels = torch.randint(0, V, (R,))
-    inputs = [t for t in (hidden, weight, bias) if t.requires_grad]
+def _case(R: int, C: int, V: int, dtype: torch.dtype, weight: str = "trained", **rest) -> Case:
+    rest.setdefault("directions", (BOTH,))  # the gradients are made in the forward pass
+    return Case(f"{R} x {C} x {V}", {"R": R, "C": C, "V": V}, dtype, options={"weight": weight}, **rest)
 
-    def ours():
-        return torch.autograd.grad(ops.masked_lm_loss(hidden, weight, bias, labels), inputs)
 
-    def torchs():
-        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=mode == "bf16"):
-            logits = F.linear(hidden, weight, bias)
-        return torch.autograd.grad(F.cross_entropy(logits.float(), labels), inputs)
-
-    for a, b in zip(ours(), torchs(), strict=True):
-        tolerance = 0.02 if mode == "bf16" else 1e-5
-        torch.testing.assert_close(a.float(), b.float(), rtol=tolerance, atol=tolerance * b.abs().max().item())
-    stats = timing.compare({"ours": ours, "torch": torchs}, repeats=repeats)
-    speedup = timing.speedup(stats, "torch", "ours")
-    work = flops(R, C, V, 2 if frozen else 3)
+def inputs(case: Case, device: str) -> Inputs:
+    """On a GPU the weight is in hidden's dtype; on a CPU it is the float32 parameter, as there in training."""
+    R, C, V = case["R"], case["C"], case["V"]
+    hidden = torch.randn(R, C, device=device).to(case.dtype)
+    weight = (0.02 * torch.randn(V, C, device=device)).to(case.dtype if device == "cuda" else torch.float32)
     return {
-        "R x C x V": f"{R} x {C} x {V}",
-        "dtype": mode,
-        "weight": "frozen" if frozen else "trained",
-        "ours ms": 1e3 * stats["ours"].median,
-        "torch ms": 1e3 * stats["torch"].median,
-        "speed-up": speedup.median,
-        "p20": speedup.p20,
-        "p80": speedup.p80,
-        "GFLOP/s": work / stats["ours"].median / 1e9,
+        "hidden": hidden.requires_grad_(),
+        "weight": weight.requires_grad_(case.options["weight"] == "trained"),
+        "bias": torch.zeros(V, device=device).requires_grad_(),
+        "labels": torch.randint(V, (R,), device=device),
+        "grad": torch.ones((), device=device),
     }
 
 
-def main() -> None:
-    options = timing.arguments(__doc__)
-    rows = [
-        measure(*shape, mode, frozen, options.repeats) for shape in SHAPES for mode in MODES for frozen in (False, True)
-    ]
-    timing.report(rows, options.json)
+def ours(case: Case, t: Inputs, impl: str) -> Call:
+    return lambda: ops.masked_lm_loss(t["hidden"], t["weight"], t["bias"], t["labels"], impl=impl)
 
 
-if __name__ == "__main__":
-    main()
+def composite(hidden, weight, bias, labels):
+    return F.cross_entropy(F.linear(hidden, weight.to(hidden.dtype), bias.to(hidden.dtype)).float(), labels)
+
+
+def by(function):
+    return lambda case, t: lambda: function(t["hidden"], t["weight"], t["bias"], t["labels"])
+
+
+def bytes_moved(case: Case, direction: str) -> int:
+    """Inputs read once and gradients written once; logits need not leave the chip. The bias is small."""
+    hidden = case["R"] * case["C"] * case.dtype.itemsize
+    weight = case["V"] * case["C"] * case.dtype.itemsize
+    if direction == FROZEN:
+        return hidden + weight
+    return 2 * hidden + (2 if case.options["weight"] == "trained" else 1) * weight
+
+
+def flops(case: Case, direction: str) -> int:
+    """The products logits, dhidden and (of a trained weight) dweight."""
+    products = 1 if direction == FROZEN else 3 if case.options["weight"] == "trained" else 2
+    return products * 2 * case["R"] * case["C"] * case["V"]
+
+
+def cross_entropy_bytes(R: int, V: int, itemsize: int) -> int:
+    """Of the loss between the products, the part that is not theirs: logits read once and overwritten with their gradient."""
+    return 2 * R * V * itemsize
+
+
+MASKED_LM_LOSS = Bench(
+    op="masked_lm_loss",
+    folder="masked_lm_loss",
+    cases=cases,
+    inputs=inputs,
+    ours=ours,
+    peers=(
+        Peer("torch", by(composite)),
+        Peer("torch.compile", compiled(composite, by)),
+        Peer("Liger fused linear", liger_fused_linear_cross_entropy),
+        Peer("Liger", liger_cross_entropy),
+        Peer("apex", apex_cross_entropy),
+    ),
+    bytes_moved=bytes_moved,
+    flops=flops,
+    test="python_tests/ops/test_masked_lm_loss.py",
+)
+
+BENCHES = (MASKED_LM_LOSS,)

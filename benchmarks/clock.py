@@ -14,7 +14,8 @@ from statistics import quantiles
 
 import torch
 
-SLEEP_CYCLES = 1_500_000  # about 0.8 ms at 1.8 GHz: more than any candidate's host time
+SLEEP_CYCLES = 1_500_000  # about 0.8 ms at 1.8 GHz: more than the host time of most candidates
+CYCLES_PER_SECOND = 2e9  # of the fastest clocks: a sleep is rather too long than too short
 FLUSH_BYTES = 1 << 28  # several times the L2 of any GPU so far
 
 
@@ -46,17 +47,22 @@ def interleave(
 
     After `seconds` no new round begins, but two are always run.
     """
-    clock = _cuda_round if device == "cuda" else _cpu_round
+    cuda = device == "cuda"
+    cycles = {}
     for i in range(warmup):
-        for call in calls.values():
+        for name, call in calls.items():
+            start = time.perf_counter()
             call(i)
+            cycles[name] = max(SLEEP_CYCLES, int(1.5 * CYCLES_PER_SECOND * (time.perf_counter() - start)))
+            if cuda:
+                torch.cuda.synchronize()
     samples: dict[str, list[float]] = {name: [] for name in calls}
     order = list(calls)
     end = time.perf_counter() + seconds
     for i in range(max(repeats, 2)):
         if i >= 2 and time.perf_counter() > end:
             break
-        for name, taken in clock(calls, order, i).items():
+        for name, taken in (_cuda_round(calls, order, i, cycles) if cuda else _cpu_round(calls, order, i)).items():
             samples[name].append(taken)
         order.reverse()
     return {name: Stats.of(taken) for name, taken in samples.items()}
@@ -76,11 +82,11 @@ def _cpu_round(calls: Calls, order: Sequence[str], i: int) -> dict[str, float]:
     return taken
 
 
-def _cuda_round(calls: Calls, order: Sequence[str], i: int) -> dict[str, float]:
+def _cuda_round(calls: Calls, order: Sequence[str], i: int, cycles: Mapping[str, int]) -> dict[str, float]:
     flush = _buffer("cuda", FLUSH_BYTES // 4, torch.float32)
     events = {name: [torch.cuda.Event(enable_timing=True) for _ in range(2)] for name in order}
     for name in order:
-        torch.cuda._sleep(SLEEP_CYCLES)
+        torch.cuda._sleep(cycles[name])
         flush.sum()
         events[name][0].record()
         calls[name](i)

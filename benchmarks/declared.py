@@ -2,7 +2,23 @@
 
 from __future__ import annotations
 
-from . import bench_layer_norm
+from . import (
+    bench_attention,
+    bench_dropout,
+    bench_duplicate_layers,
+    bench_gelu,
+    bench_layer_norm,
+    bench_masked_lm_loss,
+)
 from .harness import Bench
 
-BENCHES: tuple[Bench, ...] = (*bench_layer_norm.BENCHES,)
+BENCHES: tuple[Bench, ...] = (
+    *bench_attention.BENCHES,
+    bench_layer_norm.DROPOUT_ADD_LAYER_NORM,
+    *bench_masked_lm_loss.BENCHES,
+    *bench_gelu.BENCHES,
+    *bench_duplicate_layers.BENCHES,
+    bench_layer_norm.LAYER_NORM,
+    bench_layer_norm.DROPOUT_ADD,
+    *bench_dropout.BENCHES,
+)

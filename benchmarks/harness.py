@@ -25,6 +25,9 @@ from .clock import Stats, copy_ceiling, interleave, matmul_ceiling, ratio
 FORWARD, BACKWARD, BOTH, FROZEN, STEP = "forward", "backward", "forward + backward", "frozen forward", "step"
 COPY, MATMUL = "copy", "matmul"  # the ceilings, among the candidates
 INPUT_SETS = {"cuda": 3, "cpu": 1}
+ROTATED_BYTES = 1 << 30  # a set of inputs above this leaves nothing in a cache: one is enough
+ROW_SECONDS = {"cuda": 1e9, "cpu": 3.0}  # on a CPU, rounds stop after so long
+OURS = ("native", "triton", "reference")  # no peer is called so
 BASELINE = "torch"  # the peer that every declaration has: plain PyTorch, the measure of accuracy
 
 
@@ -41,6 +44,8 @@ class Case:
     """One thing to time: sizes by name, and the directions in which it is timed.
 
     FORWARD keeps what backward needs, FROZEN is the forward pass under no_grad, STEP has no gradient at all.
+    main     measured before the other cases of every op, and beside torch.compile on a GPU
+    compile  whether compiling is worth its time here; set by `plan`
     """
 
     name: str
@@ -49,6 +54,8 @@ class Case:
     p: float = 0.0
     directions: tuple[str, ...] = (FORWARD, BACKWARD)
     options: Mapping[str, object] = field(default_factory=dict)
+    main: bool = False
+    compile: bool = False
 
     def __getitem__(self, size: str):
         return self.sizes[size]
@@ -59,7 +66,24 @@ class Case:
 
 
 Inputs = dict[str, object]  # tensors and settings by name; `grad` is the incoming gradient of the output
-Call = Callable[[], Tensor]
+Results = dict[str, Tensor]  # the output, and the gradient of every leaf by its name; or what a step wrote, by name
+Call = Callable[[], Tensor | Results]
+
+
+@dataclass(frozen=True)
+class Bound:
+    """A call on tensors of its own layout: `as_ours` turns its results into what ours give. A plain Call works on the inputs themselves."""
+
+    call: Call
+    leaves: dict[str, Tensor]
+    grad: Tensor | None
+    as_ours: Callable[[Results], Results]
+
+
+def bound(candidate: Call | Bound, inputs: Inputs) -> Bound:
+    if isinstance(candidate, Bound):
+        return candidate
+    return Bound(candidate, leaves(inputs), inputs.get("grad"), lambda results: results)
 
 
 @dataclass(frozen=True)
@@ -67,7 +91,7 @@ class Peer:
     """`make(case, inputs)` binds the peer to one set of inputs, and raises Absent where it cannot run."""
 
     name: str
-    make: Callable[[Case, Inputs], Call]
+    make: Callable[[Case, Inputs], Call | Bound]
 
 
 @dataclass(frozen=True)
@@ -81,6 +105,7 @@ class Bench:
     flops(case, direction)        the arithmetic of matrix products, 0 where memory is the bound
     folder                        of its sources, in csrc/ and stackbert_kernels/ops/
     test                          the file that proves it
+    checked(case)                 the case that is checked in place of one too large for float64
     """
 
     op: str
@@ -92,6 +117,7 @@ class Bench:
     bytes_moved: Callable[[Case, str], int]
     flops: Callable[[Case, str], int]
     test: str
+    checked: Callable[[Case], Case] = lambda case: case
 
 
 def dtype_name(dtype: torch.dtype) -> str:
@@ -103,6 +129,8 @@ def implementations(bench: Bench, case: Case, inputs: Inputs, device: str) -> li
     op = next(op for op in ops.OPS if op.name == bench.op)
     tensor = next(v for v in inputs.values() if torch.is_tensor(v) and v.is_floating_point())
     usable = [i for i in op.available()[device] if i not in op.explain(tensor).why_not]
+    if device == "cpu":  # there Triton is interpreted, for tests
+        usable = [i for i in usable if i != "triton"]
     return [i for i in usable if i != "reference"] or usable
 
 
@@ -125,14 +153,15 @@ def copied(inputs: Inputs, dtype: torch.dtype | None = None) -> Inputs:
     return {name: copy(value) for name, value in inputs.items()}
 
 
-def results(call: Call, inputs: Inputs) -> dict[str, Tensor]:
-    """The output and the gradient of every leaf, by name."""
-    out = call()
-    wanted = leaves(inputs)
-    if not wanted:
+def results(candidate: Bound) -> Results:
+    """As ours lay them out."""
+    out = candidate.call()
+    if not torch.is_tensor(out):
+        return {name: value.detach().clone() for name, value in out.items()}
+    if not candidate.leaves:
         return {"output": out.detach().clone()}
-    gradients = torch.autograd.grad(out, list(wanted.values()), inputs["grad"])
-    return {"output": out.detach(), **dict(zip(wanted, gradients, strict=True))}
+    gradients = torch.autograd.grad(out, list(candidate.leaves.values()), candidate.grad)
+    return candidate.as_ours({"output": out.detach(), **dict(zip(candidate.leaves, gradients, strict=True))})
 
 
 def largest_errors(actual: dict[str, Tensor], exact: dict[str, Tensor]) -> dict[str, float]:
@@ -146,13 +175,15 @@ def largest_errors(actual: dict[str, Tensor], exact: dict[str, Tensor]) -> dict[
     return {name: error(actual[name], e) for name, e in exact.items()}
 
 
-def check(
-    name: str, actual: dict[str, Tensor], exact: dict[str, Tensor], baseline: dict[str, float], slack: float
-) -> None:
-    """At most `slack` times PyTorch's own error for the output, half as much again for gradients, and one ulp of the largest value."""
+def check(name: str, case: Case, actual: Results, exact: Results, baseline: dict[str, float], slack: float) -> None:
+    """At most `slack` times PyTorch's own error for the output, half as much again for gradients, and one ulp of the largest value.
+
+    A scalar is a mean of values of the case's dtype: PyTorch's error may be far below theirs by luck, so the ulp is that of the case.
+    """
     for result, error in largest_errors(actual, exact).items():
         largest = float(exact[result].abs().max()) if exact[result].numel() else 0.0
-        ulp = torch.finfo(actual[result].dtype).eps * largest
+        dtype = actual[result].dtype if exact[result].dim() else case.dtype
+        ulp = torch.finfo(dtype).eps * largest
         allowed = slack * (1.0 if result == "output" else 1.5) * baseline[result] + ulp
         if not error <= allowed:
             raise Wrong(f"{name}: {result} is off by {error:.3g}, at most {allowed:.3g} is explained by rounding")
@@ -174,22 +205,26 @@ class Checked:
 def check_all(bench: Bench, case: Case, inputs: Inputs, device: str) -> Checked:
     exact_inputs = copied(inputs, torch.float64)
     without = replace(case, p=0.0)
-    exact = results(bench.ours(without, exact_inputs, "reference"), exact_inputs)
+
+    def exactly(case: Case) -> Results:
+        return results(bound(bench.ours(case, exact_inputs, "reference"), exact_inputs))
+
+    exact = exactly(without)
     checked = Checked([], [], {}, {})
 
     baseline = None
     for peer in bench.peers:
         own = copied(inputs)
         try:
-            call = peer.make(without, own)
-            actual = results(call, own)
+            candidate = bound(peer.make(case, own), own)
+            if case.p:
+                candidate = bound(peer.make(without, own), own)
+            actual = results(candidate)
             if baseline is None:
                 if peer.name != BASELINE:
                     raise ValueError(f"{bench.op}: the first peer must be {BASELINE!r}, got {peer.name!r}")
                 baseline = largest_errors(actual, exact)
-            check(peer.name, actual, exact, baseline, PEER_SLACK)
-            if case.p:
-                peer.make(case, own)
+            check(peer.name, case, actual, exact, baseline, PEER_SLACK)
             checked.peers.append(peer)
         except Absent as reason:
             checked.absent[peer.name] = str(reason)
@@ -197,21 +232,24 @@ def check_all(bench: Bench, case: Case, inputs: Inputs, device: str) -> Checked:
             checked.wrong[peer.name] = str(reason)
         except Exception as error:  # somebody else's code: it never makes our benchmark fail
             checked.absent[peer.name] = f"{type(error).__name__}: {_first_line(error)}"
-    if baseline is None:
-        raise RuntimeError(f"{bench.op} {case}: plain PyTorch failed: {checked.absent.get(BASELINE)}")
+        if baseline is None:
+            raise RuntimeError(f"{bench.op} {case}: plain PyTorch failed: {checked.absent.get(peer.name)}")
 
     if case.p:
-        exact = results(bench.ours(case, exact_inputs, "reference"), exact_inputs)
+        exact = exactly(case)
         baseline = {
-            name: error / (1.0 - case.p) for name, error in baseline.items()
+            name: e / (1.0 - case.p) for name, e in baseline.items()
         }  # what is kept is scaled up, its error too
     for impl in implementations(bench, case, inputs, device):
         own = copied(inputs)
         try:
-            check(impl, results(bench.ours(case, own, impl), own), exact, baseline, OURS_SLACK)
+            actual = results(bound(bench.ours(case, own, impl), own))
+            check(impl, case, actual, exact, baseline, OURS_SLACK)
             checked.ours.append(impl)
         except Wrong as reason:
             checked.wrong[impl] = str(reason)
+        except Exception as error:
+            checked.wrong[impl] = f"{impl} raised {type(error).__name__}: {_first_line(error)}"
     return checked
 
 
@@ -223,30 +261,41 @@ def _first_line(error: Exception) -> str:
 
 
 def timed(
-    case: Case, direction: str, bind: Callable[[Case, Inputs], Call], sets: list[Inputs]
+    case: Case, direction: str, make: Callable[[Case, Inputs], Call | Bound], sets: list[Inputs]
 ) -> Callable[[int], object]:
     """call(round) for one candidate, on the sets of inputs in turn."""
-    calls = [_in_direction(direction, bind(case, inputs), inputs) for inputs in sets]
+    calls = [_in_direction(direction, bound(make(case, inputs), inputs)) for inputs in sets]
     return lambda i: calls[i % len(calls)]()
 
 
-def _in_direction(direction: str, call: Call, inputs: Inputs) -> Callable[[], object]:
-    wanted = list(leaves(inputs).values())
+def _in_direction(direction: str, candidate: Bound) -> Callable[[], object]:
+    call, wanted, grad = candidate.call, list(candidate.leaves.values()), candidate.grad
     if direction in (FORWARD, STEP):
         return call
     if direction == FROZEN:
         return torch.no_grad()(call)
     if direction == BOTH:
-        return lambda: torch.autograd.grad(call(), wanted, inputs["grad"])
+        return lambda: torch.autograd.grad(call(), wanted, grad)
     out = call()
-    return lambda: torch.autograd.grad(out, wanted, inputs["grad"], retain_graph=True)
+    return lambda: torch.autograd.grad(out, wanted, grad, retain_graph=True)
+
+
+def input_sets(bench: Bench, case: Case, device: str) -> list[Inputs]:
+    """The sets of inputs that the calls of a case rotate through."""
+    first = bench.inputs(case, device)
+    nbytes = sum(v.nbytes for v in first.values() if torch.is_tensor(v))
+    more = INPUT_SETS[device] - 1 if nbytes <= ROTATED_BYTES else 0
+    return [first, *(bench.inputs(case, device) for _ in range(more))]
 
 
 def measure(bench: Bench, case: Case, device: str, *, repeats: int = 30, seconds: float = 1e9) -> list[dict]:
     """The rows of a case, one a direction."""
     torch.manual_seed(0)
-    sets = [bench.inputs(case, device) for _ in range(INPUT_SETS[device])]
-    checked = check_all(bench, case, sets[0], device)
+    if case.compile:
+        torch.compiler.reset()  # what earlier cases compiled counts towards the limit after which torch silently runs eagerly
+    smaller = bench.checked(case)
+    sets = input_sets(bench, case, device)
+    checked = check_all(bench, smaller, sets[0] if smaller is case else bench.inputs(smaller, device), device)
     rows = []
     for direction in case.directions:
         calls = {
@@ -266,9 +315,10 @@ def measure(bench: Bench, case: Case, device: str, *, repeats: int = 30, seconds
             calls[COPY], ceilings[COPY] = copy_ceiling(device)
         if flops := bench.flops(case, direction):
             calls[MATMUL], ceilings[MATMUL] = matmul_ceiling(device, case.dtype)
-        stats = interleave(calls, device, repeats=repeats, seconds=seconds / len(case.directions))
+        longest = min(ROW_SECONDS[device], seconds / len(case.directions))
+        stats = interleave(calls, device, repeats=repeats, seconds=longest)
         rows.append(_row(bench, case, direction, checked, absent, stats, nbytes, flops, ceilings))
-        del calls
+        calls = call = own = None  # their graphs and buffers make room for the next direction
     gc.collect()
     if device == "cuda":
         torch.cuda.empty_cache()
@@ -309,6 +359,23 @@ def _row(
     }
 
 
+def plan(
+    benches: Sequence[Bench],
+    device: str,
+    *,
+    quick: bool = False,
+    keep: Callable[[Case], bool] = lambda case: True,
+    compile: bool = False,
+) -> list[tuple[Bench, Case]]:
+    """Every case of every declaration, the main ones first. torch.compile: on a GPU beside the main cases; `compile`: beside all."""
+    cases = [(bench, case) for bench in benches for case in bench.cases(device, quick) if keep(case)]
+    cases.sort(key=lambda pair: not pair[1].main)
+    return [
+        (bench, replace(case, compile=compile or (device == "cuda" and case.main and not quick)))
+        for bench, case in cases
+    ]
+
+
 def run(
     benches: Sequence[Bench],
     device: str,
@@ -317,14 +384,15 @@ def run(
     repeats: int = 30,
     minutes: float | None = None,
     keep: Callable[[Case], bool] = lambda case: True,
+    compile: bool = False,
     on_rows: Callable[[list[dict]], None],
     on_case: Callable[[str], None] = lambda name: None,
 ) -> list[str]:
-    """Every case of every declaration, most important first; `on_rows` gets each case's rows as soon as they exist.
+    """Every case of the plan; `on_rows` gets each case's rows as soon as they exist.
 
     Returns what was left out or failed, a line each: time was up, or a case raised.
     """
-    cases = [(bench, case) for bench in benches for case in bench.cases(device, quick) if keep(case)]
+    cases = plan(benches, device, quick=quick, keep=keep, compile=compile)
     end = time.perf_counter() + 60 * minutes if minutes else None
     problems = []
     for i, (bench, case) in enumerate(cases):
@@ -340,4 +408,15 @@ def run(
         except Exception as error:
             problems.append(f"{bench.op} {case}: {type(error).__name__}: {_first_line(error)}")
             gc.collect()
+            if device == "cuda" and (lost := _gpu_lost()):
+                return [*problems, f"{len(cases) - i - 1} further cases: not run, the GPU answers {lost}"]
     return problems
+
+
+def _gpu_lost() -> str | None:
+    """What an error has left behind: after an illegal access nothing runs in this process any more."""
+    try:
+        torch.cuda.synchronize()
+    except Exception as error:
+        return f"{type(error).__name__}: {_first_line(error)}"
+    return None
