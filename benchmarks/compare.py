@@ -1,9 +1,9 @@
 """What became slower between two result files of the same benchmark.
 
 Rows are matched by op, case, dtype, p, options, direction and implementation; ours are judged, peers are the control. A change counts when
-it is larger than --over and the ranges p20 to p80 of the two files do not meet; else it is within noise. Seconds of different machines say
-nothing about a change: then what is compared is how many times the floor (the declared bytes or FLOPs at the ceiling of the same rounds)
-ours took.
+it is larger than --over and the ranges p20 to p80 of the two files do not meet, in seconds and in floors; else it is within noise. The floor
+is what the declared bytes or FLOPs take at the ceiling of the same rounds: a machine that was slower as a whole changes seconds, not floors.
+Seconds of different machines say nothing about a change: then floors alone are compared.
 
 Exit status: 0 nothing became slower beyond noise, 1 something did, or is wrong now, 2 bad use.
 """
@@ -93,6 +93,7 @@ def judge(a: Time, b: Time, over: float) -> str:
 def changes(a: Mapping, b: Mapping, over: float, *, in_floors: bool = False) -> list[Change]:
     """Of ours, in the order of A, then what only B has."""
     before, after, wrong = times(a, in_floors=in_floors), times(b, in_floors=in_floors), wrongs(b)
+    floors = times(a, in_floors=True), times(b, in_floors=True)
     found = []
     for key in dict.fromkeys((*before, *after)):
         if not table.is_ours(key.impl):
@@ -100,6 +101,8 @@ def changes(a: Mapping, b: Mapping, over: float, *, in_floors: bool = False) -> 
         old, new = before.get(key), after.get(key)
         if old and new:
             verdict = judge(old, new, over)
+            if key in floors[0] and key in floors[1] and judge(floors[0][key], floors[1][key], over) != verdict:
+                verdict = SAME if verdict == SAME else NOISE
         elif old:
             verdict = WRONG if key in wrong else ONLY_A
         else:

@@ -53,6 +53,12 @@ def test_a_change_within_the_spread_is_noise(compare):
     assert verdicts(compare, a, calm)[0] == 1  # 110 is the p80 of A, 118.8 the p20 of B
 
 
+def test_a_machine_that_is_slower_as_a_whole_is_noise(compare):
+    a = [op_row(times={"native": 100e-6}, copy=4e12)]
+    assert verdicts(compare, a, [op_row(times={"native": 200e-6}, copy=2e12)])[0] == 0
+    assert verdicts(compare, a, [op_row(times={"native": 200e-6}, copy=3e12)])[0] == 1
+
+
 def test_rows_are_matched_by_all_that_names_them(compare):
     varied = {"case": "1 x 1", "dtype": "fp16", "p": 0.0, "direction": "backward", "options": {"approximate": "tanh"}}
     for name, value in varied.items():
