@@ -25,10 +25,11 @@ from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
 
-from setuptools import Extension, setup
+from setuptools import Extension, find_packages, setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).parent.resolve()
+PACKAGE = "stackbert_kernels"
 OLDEST_CUDA = (12, 8)
 # 'a' devices: their own instructions (wgmma on 90a, tcgen05 on 100a) exist in no other code.
 DEFAULT_ARCHS = ("80", "86", "89", "90a", "100a", "120a")
@@ -183,6 +184,12 @@ def _tool(name: str, folder: str) -> str:
     return found
 
 
+def packages() -> list[str]:
+    """Ours, and the benchmarks, which lie beside the package and are installed inside it: their name alone belongs to everybody."""
+    benchmarks = [f"{PACKAGE}.{name}" for name in find_packages(ROOT, include=["benchmarks", "benchmarks.*"])]
+    return find_packages(ROOT, include=[PACKAGE, f"{PACKAGE}.*"]) + benchmarks
+
+
 class CMakeBuild(build_ext):
     """One build folder for wheels, editable and in-place builds of an interpreter, so that each compiles only what changed."""
 
@@ -208,6 +215,11 @@ class CMakeBuild(build_ext):
 
 if __name__ == "__main__":
     try:
-        setup(ext_modules=[Extension("stackbert_kernels._C", sources=[])], cmdclass={"build_ext": CMakeBuild})
+        setup(
+            packages=packages(),
+            package_dir={f"{PACKAGE}.benchmarks": "benchmarks"},
+            ext_modules=[Extension(f"{PACKAGE}._C", sources=[])],
+            cmdclass={"build_ext": CMakeBuild},
+        )
     except BuildError as error:
         sys.exit(f"stackbert_kernels: {error}")

@@ -17,7 +17,10 @@ from pathlib import Path
 import torch
 
 ROOT = Path(__file__).resolve().parents[1]
-SHARED_SOURCES = ("csrc/common", "stackbert_kernels/ops/_library.py", "stackbert_kernels/ops/philox.py")
+SHARED_SOURCES = (
+    "csrc/common",
+    *(f"stackbert_kernels/ops/{name}.py" for name in ("_library", "_triton", "_triton_language", "philox")),
+)
 GPU_FIELDS = ("name", "driver_version", "clocks.max.sm", "clocks.max.mem", "clocks.sm", "clocks.mem", "power.limit")
 
 
@@ -55,8 +58,10 @@ def sources(folder: str) -> list[Path]:
     return sorted(f for f in files if f.suffix in (".h", ".cuh", ".cpp", ".cu", ".py"))
 
 
-def digest(folder: str) -> str:
-    """Of an op's sources, by git's blob names, so that it can be found again in the history."""
+def digest(folder: str) -> str | None:
+    """Of an op's sources, by git's blob names, so that it can be found again in the history. None: an installed copy, without csrc."""
+    if not (ROOT / "csrc").is_dir():
+        return None
     lines = [f"{f.relative_to(ROOT).as_posix()} {_blob(f.read_bytes())}\n" for f in sources(folder)]
     return hashlib.sha1("".join(lines).encode()).hexdigest()[:16]
 
@@ -67,6 +72,8 @@ def _blob(content: bytes) -> str:
 
 def git(*arguments: str) -> str | None:
     """What git says of the tree that these benchmarks lie in, or None where there is no git or no history."""
+    if not (ROOT / ".git").exists():  # an installed copy may lie inside somebody else's repository
+        return None
     try:
         ran = subprocess.run(["git", "-C", str(ROOT), *arguments], capture_output=True, text=True, check=False)
     except OSError:
@@ -75,7 +82,7 @@ def git(*arguments: str) -> str | None:
 
 
 def _commit(given: str | None) -> dict[str, object]:
-    commit = git("rev-parse", "HEAD") if (ROOT / ".git").exists() else None
+    commit = git("rev-parse", "HEAD")
     if commit is None:
         return {"commit": given, "dirty": None}
     changed = git("status", "--porcelain", "--untracked-files=no")

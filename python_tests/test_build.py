@@ -142,6 +142,12 @@ def test_jobs():
         build.jobs({"MAX_JOBS": "0"})
 
 
+def test_the_benchmarks_are_installed_inside_the_package():
+    names = build.packages()
+    assert {"stackbert_kernels", "stackbert_kernels.ops.attention", "stackbert_kernels.benchmarks"} <= set(names)
+    assert all(name.split(".")[0] == "stackbert_kernels" for name in names)
+
+
 def test_tools_come_from_their_package_or_else_from_path(tmp_path, monkeypatch):
     """In an isolated build the package is there, but its folder of scripts is another environment's."""
     for folder in ("package", "path"):
@@ -191,10 +197,8 @@ def sources(tmp_path_factory):
     for file in ROOT.iterdir():
         if file.is_file():
             shutil.copy(file, copy / file.name)
-    shutil.copytree(ROOT / "csrc", copy / "csrc")
-    shutil.copytree(
-        ROOT / "stackbert_kernels", copy / "stackbert_kernels", ignore=shutil.ignore_patterns("*.so", "__pycache__")
-    )
+    for folder in ("csrc", "stackbert_kernels", "benchmarks"):
+        shutil.copytree(ROOT / folder, copy / folder, ignore=shutil.ignore_patterns("*.so", "__pycache__"))
     return copy
 
 
@@ -244,9 +248,9 @@ def test_a_wheel_without_cuda(sources, tmp_path):
     built, printed = wheel(sources, tmp_path / "wheels", STACKBERT_SKIP_CUDA_BUILD="1")
     assert printed.count("built without CUDA: STACKBERT_SKIP_CUDA_BUILD=1") == 1
     names = zipfile.ZipFile(built).namelist()
-    assert "stackbert_kernels/config.py" in names and not [
-        n for n in names if n.startswith(("python_tests", "csrc", "benchmarks"))
-    ]
+    ours = ("stackbert_kernels/", "stackbert_kernels-")
+    assert "stackbert_kernels/config.py" in names and not [n for n in names if not n.startswith(ours)]
+    assert "stackbert_kernels/benchmarks/__main__.py" in names and not [n for n in names if "results/" in n]
     answer = ask_in_clean_environment(built, tmp_path / "environment", ASK)
     assert answer == f"0.1.0 {_C.isa()} STACKBERT_SKIP_CUDA_BUILD=1"
 

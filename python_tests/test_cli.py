@@ -38,8 +38,8 @@ def run(line, capsys):
 
 
 BAD = {
-    "": "Expected one of {pretrain, prepare, doctor, grow, checkpoint}",
-    "train": "Unrecognized options: train; commands are pretrain, prepare, doctor, grow, checkpoint",
+    "": "Expected one of {pretrain, prepare, doctor, grow, checkpoint, bench}",
+    "train": "Unrecognized options: train; commands are pretrain, prepare, doctor, grow, checkpoint, bench",
     "pretrain text.txt": "Missing from stackbert pretrain: --out",
     "pretrain --out run": "text must name at least one file, glob or directory, got none",
     "pretrain text.txt --out run --layer 3": "Unrecognized options: --layer, 3; did you mean --layers?",
@@ -128,10 +128,20 @@ def _environment():
 def test_version_and_help(capsys):
     assert run("--version", capsys)[:2] == (0, f"stackbert {__version__}\n")
     code, out, _ = run("--help", capsys)
-    assert code == 0 and all(name in out for name in ("pretrain", "prepare", "doctor", "grow", "checkpoint"))
-    for command in ("pretrain", "prepare", "doctor", "grow", "checkpoint"):
+    assert code == 0 and all(name in out for name in ("pretrain", "prepare", "doctor", "grow", "checkpoint", "bench"))
+    for command in ("pretrain", "prepare", "doctor", "grow", "checkpoint", "bench"):
         code, out, err = run(f"{command} --help", capsys)
         assert code == 0 and "--json" in out and err == ""
+
+
+def test_bench_is_the_benchmarks(capsys):
+    code, out, _ = run("bench --list", capsys)
+    assert code == 0 and any(line.startswith("layer_norm ") for line in out.splitlines())
+    code, out, err = run("bench conv2d", capsys)
+    assert code == 2 and out == "" and err.count("\n") == 1
+    assert err.startswith("stackbert bench: unknown op 'conv2d'; ops are ")
+    code, out, err = run("bench compare a.json b.json --over x", capsys)
+    assert code == 2 and out == "" and err == "stackbert bench compare: argument --over: invalid float value: 'x'\n"
 
 
 def test_every_field_of_the_configuration_is_an_option(capsys):

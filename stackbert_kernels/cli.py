@@ -10,7 +10,10 @@ import io
 import json
 import re
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass, field, fields
+from importlib import import_module
+from importlib.util import find_spec, module_from_spec, spec_from_file_location
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -137,12 +140,18 @@ class Checkpoint:
     json: Json = False
 
 
+@dataclass(frozen=True)
+class Bench:
+    """Check every op against float64, then time it beside its peers; compare two results (`stackbert bench --help`)."""
+
+
 Command = (
     Annotated[Pretrain, subcommand("pretrain")]
     | Annotated[Prepare, subcommand("prepare")]
     | Annotated[Doctor, subcommand("doctor")]
     | Annotated[Grow, subcommand("grow")]
     | Annotated[Checkpoint, subcommand("checkpoint")]
+    | Annotated[Bench, subcommand("bench")]
 )
 DESCRIPTION = f"stackbert {__version__}: pre-train BERT by stacking layers, with fused kernels. `stackbert COMMAND --help` shows the options."
 
@@ -153,6 +162,8 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"stackbert {__version__}")
         return DONE
     try:
+        if arguments[:1] == ["bench"]:
+            return _benchmarks()(arguments[1:], prog="stackbert bench")
         command = _parse(arguments)
         return COMMANDS[type(command)](command)
     except ConfigError as error:
@@ -161,6 +172,19 @@ def main(arguments: list[str] | None = None) -> int:
         return complain(error, FAILED)
     except KeyboardInterrupt:
         return complain("interrupted", FAILED)
+
+
+def _benchmarks() -> Callable[..., int]:
+    """Their `main`. They are installed as stackbert_kernels.benchmarks; in a source tree they lie beside the package."""
+    name = f"{__package__}.benchmarks"
+    if find_spec(name) is None:
+        folder = Path(__file__).parents[1] / "benchmarks"
+        if not (folder / "__main__.py").exists():
+            raise ConfigError("bench: this installation has no benchmarks")
+        spec = spec_from_file_location(name, folder / "__init__.py", submodule_search_locations=[str(folder)])
+        sys.modules[name] = module_from_spec(spec)
+        spec.loader.exec_module(sys.modules[name])
+    return import_module(f"{name}.__main__").main
 
 
 def _parse(arguments: list[str]):
