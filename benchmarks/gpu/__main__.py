@@ -1,0 +1,234 @@
+"""Everything that a machine with a GPU proves about this package: the build, the GPU tests, compute-sanitizer, the benchmarks, a training run.
+
+Each part has its own time and is cut off at its end; results are written as soon as they exist. What this Python lacks is named and left out.
+Exit status: 0 nothing failed, 1 something did, 2 bad use.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import os
+import shutil
+import signal
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+
+from .. import results_file
+from ..command_line import DONE, FAILED, BadUse, Parser, answered
+from . import outcomes, summary
+from .build import setup_module
+from .phases import CUT_OFF, RUNNING, Phase, Setting, limit, run, written
+
+ROOT = Path(__file__).resolve().parents[2]
+NEEDS = ("setup.py", "python_tests", "csrc")  # of a source tree; an installed package has none of them
+RESERVE_SECONDS = 15.0  # for the summary, and for a phase that dies slowly
+LEAST_MINUTES = {"real": 3.0, "pretend": 0.5}
+TEST_WORKERS = 6  # they share one GPU; what they save is the compilation of kernels on the host
+PRETEND_TESTS = "dropout and fp32 and (oracle or mask)"
+
+
+def parser(prog: str) -> Parser:
+    made = Parser(prog=f"python -m {prog}", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    made.add_argument("--out", type=Path, metavar="DIR", required=True, help="where the results go")
+    made.add_argument("--minutes", type=float, default=9.0, help="for everything together (default 9)")
+    made.add_argument("--commit", metavar="SHA", help="of these sources, where they are a copy without their history")
+    made.add_argument(
+        "--pretend", action="store_true", help="run through everything on a machine without a GPU, with small stand-ins"
+    )
+    return made
+
+
+# The phases.
+
+
+def _own(name: str, *arguments: str):
+    return [sys.executable, "-m", f"{__package__}.{name}", *arguments]
+
+
+def _result(name: str):
+    return lambda setting: written(setting.scratch / f"{name}.json") or {}
+
+
+def build_command(setting: Setting, seconds: float) -> list[str]:
+    pretend = ["--pretend"] if setting.pretend else []
+    return _own("build", "--result", str(setting.scratch / "build.json"), *pretend)
+
+
+def tests_command(setting: Setting, seconds: float) -> list[str]:
+    argv = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", f"{__package__}.outcomes"]
+    argv += ["--outcomes", str(setting.scratch / "tests.jsonl"), "--continue-on-collection-errors", "--tb=short"]
+    if setting.pretend:
+        return [*argv, "python_tests/gpu", "-k", PRETEND_TESTS]
+    if importlib.util.find_spec("xdist"):
+        argv += ["-n", str(min(TEST_WORKERS, os.cpu_count() or 1))]
+    return [*argv, "-m", "gpu", "python_tests"]
+
+
+def tests_found(setting: Setting) -> dict:
+    file = setting.scratch / "tests.jsonl"
+    return outcomes.read(file) if file.exists() else {"lines": ["no test has ended"]}
+
+
+def sanitizer_command(setting: Setting, seconds: float) -> list[str]:
+    pretend = ["--pretend"] if setting.pretend else []
+    result = [
+        "--result",
+        str(setting.scratch / "sanitizer.json"),
+        "--device",
+        setting.device,
+        "--seconds",
+        str(seconds),
+    ]
+    return _own("sanitize", *result, *pretend)
+
+
+def ops_command(setting: Setting, seconds: float) -> list[str]:
+    argv = [sys.executable, "-m", __package__.rpartition(".")[0], "--device", setting.device]
+    argv += ["--out", str(setting.scratch / "ops"), "--minutes", f"{0.9 * seconds / 60:.2f}"]
+    argv += ["--quick", "--repeats", "2"] if setting.pretend else []
+    return argv + (["--commit", setting.commit] if setting.commit else [])
+
+
+def ops_found(setting: Setting) -> dict:
+    result = written(setting.scratch / "ops" / "ops.json")
+    if result is None:
+        return {}
+    shutil.copyfile(setting.scratch / "ops" / "ops.json", setting.out / "ops.json")
+    lines, failures = summary.op_lines(result)
+    return {"file": "ops.json", "lines": lines, "failures": failures}
+
+
+def training_command(setting: Setting, seconds: float) -> list[str]:
+    scratch = setting.scratch / "training"
+    scratch.mkdir(exist_ok=True)
+    files = ["--result", str(setting.scratch / "training.json"), "--figure", str(setting.out / "training.png")]
+    return _own("training", "--device", setting.device, "--seconds", str(seconds), *files, "--scratch", str(scratch))
+
+
+PHASES = (
+    Phase("build", 1.5, build_command, _result("build"), stretch=2.5, fine=(0,)),
+    Phase("tests", 2.0, tests_command, tests_found),
+    Phase("sanitizer", 1.0, sanitizer_command, _result("sanitizer"), fine=(0,)),
+    Phase("ops", 2.0, ops_command, ops_found),
+    Phase("training", 1.5, training_command, _result("training"), fine=(0,)),
+)
+
+
+# What is refused before any work.
+
+
+def check(options: argparse.Namespace) -> None:
+    """BadUse, in one line, for everything that would make the run pointless."""
+    kind = "pretend" if options.pretend else "real"
+    if not options.minutes >= LEAST_MINUTES[kind]:
+        raise BadUse(f"--minutes must be at least {LEAST_MINUTES[kind]:g}, got {options.minutes:g}")
+    missing = [name for name in NEEDS if not (ROOT / name).exists()]
+    if missing:
+        raise BadUse(
+            f"wants a source tree, which builds the extension and has the tests: no {', '.join(missing)} in {ROOT}"
+        )
+    for package in ("torch", "pytest", "setuptools"):
+        if importlib.util.find_spec(package) is None:
+            raise BadUse(f"wants {package}, which {sys.executable} does not have")
+    if not options.pretend:
+        _check_gpu()
+    try:
+        options.out.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=options.out):
+            pass
+    except OSError as error:
+        raise BadUse(f"--out {options.out} cannot be written: {error.strerror}") from None
+
+
+def _check_gpu() -> None:
+    import torch
+
+    if not torch.cuda.is_available():
+        raise BadUse(f"wants a GPU, torch {torch.__version__} sees none; --pretend runs through everything without one")
+    setup = setup_module(ROOT)
+    try:
+        cuda = setup.find_cuda(os.environ)
+    except setup.BuildError as error:
+        raise BadUse(str(error)) from None
+    if cuda.nvcc is None:
+        raise BadUse(f"wants nvcc to build the extension for this GPU: {cuda.why_not}")
+
+
+# The run.
+
+
+def everything(options: argparse.Namespace, phases: Sequence[Phase] = PHASES) -> int:
+    from ..machine import machine
+
+    end = time.monotonic() + 60 * options.minutes - RESERVE_SECONDS * (0.2 if options.pretend else 1.0)
+    out = options.out.resolve()
+    device = "cpu" if options.pretend else "cuda"
+    file, log = out / "gpu.json", out / "log.txt"
+    log.write_bytes(b"")
+    result = {
+        "format": results_file.FORMAT,
+        "kind": "gpu",
+        "machine": machine(device, options.commit),
+        "pretend": options.pretend,
+        "minutes": options.minutes,
+        "planned": [phase.name for phase in phases],
+        "phases": {},
+        "passed": False,
+    }
+    results_file.write(file, result)
+    signal.signal(signal.SIGTERM, _interrupt)
+    with (
+        tempfile.TemporaryDirectory(prefix="stackbert-gpu-", ignore_cleanup_errors=True) as scratch,
+        suppress(KeyboardInterrupt),
+    ):
+        setting = Setting(ROOT, out, Path(scratch), device, options.pretend, options.commit)
+        for i, phase in enumerate(phases):
+            seconds = limit(phase, list(phases[i + 1 :]), end - time.monotonic())
+            if seconds < 1:
+                result["phases"][phase.name] = {
+                    "state": CUT_OFF,
+                    "seconds": 0,
+                    "limit": 0,
+                    "reason": "no time was left",
+                }
+                continue
+            print(f"{phase.name}: at most {seconds:.0f} s ...", flush=True)
+
+            def keep(found: dict, name: str = phase.name) -> None:
+                result["phases"][name] = found
+                results_file.write(file, result)
+
+            keep({"state": RUNNING, "seconds": 0, "limit": round(seconds, 1)})
+            keep(run(phase, setting, seconds, log, keep))
+            found = result["phases"][phase.name]
+            print(
+                f"{phase.name}: {found['state']} after {found['seconds']:.0f} s {found.get('reason', '')}".rstrip(),
+                flush=True,
+            )
+    for found in result["phases"].values():
+        if found["state"] == RUNNING:
+            found |= {"state": CUT_OFF, "reason": "interrupted"}
+    states = [found["state"] for found in result["phases"].values()]
+    result["passed"] = len(states) == len(phases) and all(state in ("passed", "skipped") for state in states)
+    results_file.write(file, result)
+    print("\n" + summary.text(result), flush=True)
+    return DONE if result["passed"] else FAILED
+
+
+def _interrupt(*_) -> None:
+    raise KeyboardInterrupt
+
+
+def main(arguments: list[str], prog: str) -> int:
+    options = parser(prog).parse_args(arguments)
+    check(options)
+    return everything(options)
+
+
+if __name__ == "__main__":
+    sys.exit(answered(main, sys.argv[1:], "benchmarks.gpu"))
