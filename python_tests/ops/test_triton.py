@@ -175,3 +175,18 @@ def test_attention_bytes(first, keys):
         attention_bytes_kernel[(1,)](out, RNG, 2**32 - 1, sequence, head, 8, 16, first, keys)
         want = philox.attention_bytes(RNG, 2**32 - 1, sequence, 3, 24, 192)[head, 8:, first : first + keys]
         assert torch.equal(out, want)
+
+
+@triton.jit
+def sum_kernel(x_ptr, out_ptr, n):
+    total = tl.load(x_ptr) * 0
+    for i in tl.range(tl.program_id(0), n, tl.num_programs(0)):
+        total += tl.load(x_ptr + i)
+    tl.store(out_ptr, total)
+
+
+def test_numbers_of_a_kernel_bound_its_loops():
+    """In the interpreter too, whatever NumPy it has."""
+    out = torch.zeros(1)
+    sum_kernel[(1,)](torch.arange(5.0), out, 5)
+    assert out.item() == 10

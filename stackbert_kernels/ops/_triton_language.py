@@ -7,6 +7,20 @@ Words are uint32. A row op finds the bytes of 16 consecutive columns in one Phil
 import triton
 import triton.language as tl
 
+from stackbert_kernels.ops._triton import INTERPRETED
+
+if INTERPRETED:
+    from triton.runtime import interpreter
+
+    _patch_tensor = interpreter._patch_lang_tensor
+
+    def _patch_tensor_and_index(tensor, scope) -> None:
+        """The interpreter's numbers are arrays [1]. NumPy 2.4 makes no integer of one, so that none could bound a loop."""
+        _patch_tensor(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())
+
+    interpreter._patch_lang_tensor = _patch_tensor_and_index
+
 
 @triton.jit
 def _philox_round(k0, k1, c0, c1, c2, c3):
