@@ -14,7 +14,7 @@ from stackbert_kernels.ops import _library, _triton, philox
 triton = pytest.importorskip("triton", reason="Triton is not installed")
 tl = triton.language
 
-from stackbert_kernels.ops._triton_language import attention_bytes, dropout_key, row_bytes  # noqa: E402
+from stackbert_kernels.ops._triton_language import attention_kept, dropout_key, row_bytes  # noqa: E402
 
 X = torch.ones(3, 4)
 RNG = ops.new_rng(2**40 + 7, 2**33 + 5)
@@ -150,31 +150,24 @@ def test_rows_beyond_32_bits_have_masks_of_their_own():
     assert torch.equal(out[1], want.flatten(1)) and torch.equal(out[0], philox.row_bytes(RNG, 3, 8, 32))
 
 
-@triton.jit(do_not_specialize=["site", "sequence", "head"])
-def attention_bytes_kernel(
-    out_ptr,
-    rng_ptr,
-    site,
-    sequence,
-    head,
-    FIRST_QUERY: tl.constexpr,
-    QUERIES: tl.constexpr,
-    FIRST: tl.constexpr,
+@triton.jit(do_not_specialize=["site", "sequence", "head", "threshold"])
+def attention_kept_kernel(
+    out_ptr, rng_ptr, site, sequence, head, threshold, FIRST_QUERY: tl.constexpr, QUERIES: tl.constexpr, FIRST: tl.constexpr,
     KEYS: tl.constexpr,
-):
+):  # fmt: skip
     k0, k1 = dropout_key(rng_ptr, site)
     m = tl.arange(0, QUERIES)
-    drawn = attention_bytes(k0, k1, sequence, head, FIRST_QUERY + m, FIRST, KEYS)
-    tl.store(out_ptr + m[:, None] * KEYS + tl.arange(0, KEYS)[None, :], drawn.to(tl.int64))
+    kept = attention_kept(k0, k1, sequence, head, FIRST_QUERY + m, FIRST, threshold, KEYS)
+    tl.store(out_ptr + m[:, None] * KEYS + tl.arange(0, KEYS)[None, :], kept)
 
 
 @pytest.mark.parametrize(("first", "keys"), [(0, 64), (0, 128), (64, 64), (128, 64)])
-def test_attention_bytes(first, keys):
-    for sequence, head in ((0, 0), (1, 1), (5, 2)):
-        out = torch.full((16, keys), -1)
-        attention_bytes_kernel[(1,)](out, RNG, 2**32 - 1, sequence, head, 8, 16, first, keys)
+def test_attention_kept(first, keys):
+    for sequence, head, threshold in ((0, 0, 1), (1, 1, 26), (5, 2, 255)):
+        out = torch.zeros((16, keys), dtype=torch.bool)
+        attention_kept_kernel[(1,)](out, RNG, 2**32 - 1, sequence, head, threshold, 8, 16, first, keys)
         want = philox.attention_bytes(RNG, 2**32 - 1, sequence, 3, 24, 192)[head, 8:, first : first + keys]
-        assert torch.equal(out, want)
+        assert torch.equal(out, want >= threshold)
 
 
 @triton.jit

@@ -85,18 +85,25 @@ def row_bytes(k0, k1, rows, first, COLUMNS: tl.constexpr, GROUP: tl.constexpr):
 
 
 @triton.jit
-def attention_bytes(k0, k1, sequence, head, queries, first, KEYS: tl.constexpr):
-    """uint32 [M, KEYS] in 0..255 of the keys first .. first + KEYS - 1 and the queries [M]. first and KEYS are multiples of 64.
+def attention_kept(k0, k1, sequence, head, queries, first, threshold, KEYS: tl.constexpr):
+    """bool [M, KEYS]: what dropout keeps of the keys first .. first + KEYS - 1 (multiples of 64) of the queries [M].
 
-    Each Philox call is drawn once. Its 16 bytes belong to one lane of a tensor-core accumulator, so that a block in that layout needs
-    no exchange between threads.
+    A Philox call gives the 16 decisions that one lane of a tensor-core accumulator needs for a row of 64 keys. Calls are drawn as
+    [M, KEYS / 16] and spread by joins, which in that layout only rename registers: nothing is drawn twice, nothing goes through shared
+    memory. The four words enter as one value, because Triton moves a chain of operations into the layout of its one end, but
+    exchanges the values where a chain has two.
     """
-    call = first // 16 + tl.arange(0, KEYS // 16)[None, :]
+    call = (first // 16 + tl.arange(0, KEYS // 16)[None, :]).to(tl.uint32)
     query = queries[:, None].to(tl.uint32)
-    zero = tl.zeros_like(query)
-    c2, c3 = (zero + head).to(tl.uint32), (zero + sequence).to(tl.uint32)
-    w0, w1, w2, w3 = philox(k0, k1, call.to(tl.uint32), query, c2, c3)
-    words = tl.reshape(tl.join(tl.join(w0, w2), tl.join(w1, w3)), (w0.shape[0], KEYS // 4))
-    # [M, block of 64, key % 8 / 2, key % 64 / 8, key % 2]
-    drawn = tl.reshape(_bytes_of_words(words), (w0.shape[0], KEYS // 64, 4, 8, 2))
-    return tl.reshape(tl.permute(drawn, (0, 1, 3, 2, 4)), (w0.shape[0], KEYS))
+    w0, w1, w2, w3 = philox(k0, k1, call, query, head.to(tl.uint32), sequence.to(tl.uint32))
+    low = w0.to(tl.uint64) | (w1.to(tl.uint64) << 32)
+    high = w2.to(tl.uint64) | (w3.to(tl.uint64) << 32)
+    pairs = tl.join(low, high)
+    words = tl.join(pairs, pairs >> 32).to(tl.uint32)  # [M, calls, 2, 2]: word 2 i + j
+    # Each byte in turn at the top of a word: what is below it does not change the comparison.
+    halves = tl.join(words << 16, words)
+    kept = tl.join(halves << 8, halves) >= (threshold.to(tl.uint32) << 24)  # [M, calls, 2, 2, 2, 2]: byte number
+    kept = tl.reshape(
+        kept, (queries.shape[0], KEYS // 64, 4, 8, 2)
+    )  # [M, key / 64, key % 8 / 2, key % 64 / 8, key % 2]
+    return tl.reshape(tl.permute(kept, (0, 1, 3, 2, 4)), (queries.shape[0], KEYS))
