@@ -47,12 +47,12 @@ def compiled(compilation, arch: int) -> dict[str, object]:
         dict(compilation.constants),
         {(names.index(name),): [["tt.divisibility", 16]] for name in multiples},
     )
-    options = {"num_warps": compilation.num_warps, "num_stages": compilation.num_stages}
+    options = {name: getattr(compilation, name) for name in ("num_warps", "num_stages", "maxnreg")}
     binary = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
     usage, sass = _disassembled(binary.asm["cubin"])
     instructions = _instructions(sass)
     counts = collections.Counter(instruction.split(".")[0] for instruction in instructions)
-    accesses = collections.Counter(i for i in instructions if i.startswith(("LDG", "STG")))
+    accesses = collections.Counter(i for i in instructions if re.match(r"(LDG|STG|LDGSTS)\.", i))
     row = {
         "kernel": compilation.name,
         "arch": arch,

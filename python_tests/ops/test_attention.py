@@ -14,6 +14,15 @@ from stackbert_kernels.ops.attention import native
 from stackbert_kernels.ops.attention import op as attention_op
 from stackbert_kernels.ops.attention.native import _rows
 
+# Rows past a sequence's end are computed as infinities and NaN before they are left out; NumPy, in the interpreter, says so.
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton.runtime.interpreter")
+
+IMPLS = (
+    "reference",
+    "native",
+    "triton",
+)  # triton in its interpreter, which needs seconds for what a GPU does in microseconds: small shapes
+
 # Nothing, one token, less than a vector of scores more than two, a panel of keys, one more, several query blocks, a rest of rows.
 LENGTHS = (0, 1, 37, 64, 65, 128, 200)
 ISAS = ("generic", "avx2", "avx512")
@@ -116,17 +125,77 @@ def test_scale_and_odd_head_dimensions():
             torch.testing.assert_close(ours.double(), exact, rtol=0, atol=2e-5 * exact.abs().max().item())
 
 
-@pytest.mark.parametrize("impl", ["reference", "native"])
-def test_large_scores_do_not_overflow(impl):
-    x = torch.randn(1, 40, 2, 16) * 100
+@pytest.fixture
+def small_tiles(monkeypatch):
+    """Tiles so small that 100 tokens are several, of queries and of keys, and a sequence of up to 64 is one."""
+    triton_kernel = pytest.importorskip("stackbert_kernels.ops.attention.triton_kernel")
+    small = triton_kernel.Configuration(
+        forward_one_tile=triton_kernel.Tiles(32, 64),
+        forward=triton_kernel.Tiles(32, 64),
+        backward_one_tile=triton_kernel.Tiles(64, 64),
+        dq=triton_kernel.Tiles(32, 64),
+        dkv=triton_kernel.Tiles(32, 64),
+    )
+    monkeypatch.setattr(triton_kernel, "_configuration", lambda q: small)
+
+
+@pytest.mark.parametrize(
+    ("lengths", "heads", "head_dim", "p", "scale"),
+    [
+        *(((0, 1, 37, 128), 2, head_dim, 0.0, None) for head_dim in (32, 64, 96, 128)),  # one tile
+        ((0, 1, 37, 128), 2, 64, 0.1, 0.3),
+        ((37, 60), 1, 32, 0.1, -0.2),  # one tile of 64 keys; a negative scale turns the order of the scores
+        (
+            (40, 0, 129, 1),
+            1,
+            96,
+            0.1,
+            None,
+        ),  # several tiles, and in the backward pass sequences of one tile beside them
+        ((200,), 1, 64, 0.0, -0.1),
+        ((129,), 1, 64, 0.1, 0.0),
+    ],
+)
+def test_triton_is_as_accurate_as_torch(lengths, heads, head_dim, p, scale):
+    rng, cu = ops.new_rng(2**35 + 1, 9), cumulative(lengths)
+    qkv = qkv_of(lengths, heads, head_dim, torch.float32)
+    dy = torch.randn(len(qkv), heads, head_dim)
+
+    def ours(impl):
+        return lambda x: ops.attention_qkv_varlen(
+            x, cu, max(lengths), dropout_p=p, rng=rng, site=2**31 + 7, scale=scale, impl=impl
+        )
+
+    exact, dexact = with_gradient(ours("reference"), qkv.double(), dy.double())
+    baseline, dbaseline = with_gradient(ours("reference"), qkv, dy)  # plain PyTorch in float32
+    actual, dactual = with_gradient(ours("triton"), qkv, dy)
+    assert_as_accurate_as_torch("out", actual, exact, baseline)
+    for i, name in enumerate(("dq", "dk", "dv")):
+        assert_as_accurate_as_torch(name, dactual[:, i], dexact[:, i], dbaseline[:, i], slack=3.0)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("length", [40, 130])
+def test_large_scores_do_not_overflow(impl, length):
+    x = torch.randn(1, length, 2, 32) * 80
     y, exact = ops.attention(x, x, x, impl=impl), ops.attention(*[x.double()] * 3, impl="reference")
     torch.testing.assert_close(y.double(), exact, rtol=1e-3, atol=1e-3)  # scores near 4e4, whose fp32 ulp is 4e-3
 
 
-@pytest.mark.parametrize("impl", ["reference", "native"])
-def test_masks_are_those_of_the_contract(impl):
+@pytest.mark.parametrize("impl", IMPLS)
+def test_keys_past_the_end_do_not_weigh_on_very_negative_scores(impl):
+    """A key of zeros has the score 0, and exp(0 + 4e4) is infinite: a tile that is filled up with such keys must leave them out."""
+    x = torch.randn(4, 1, 32) * 80
+    cu = cumulative((1, 3))
+    y, dx = with_gradient(lambda x: ops.attention_varlen(x, -x, x.sin(), cu, 3, impl=impl), x, torch.randn(4, 1, 32))
+    assert torch.isfinite(y).all() and torch.isfinite(dx).all()
+    torch.testing.assert_close(y[:1], x[:1].sin())
+
+
+@pytest.mark.parametrize(("impl", "length"), [("reference", 201), ("native", 201), ("triton", 128), ("triton", 130)])
+def test_masks_are_those_of_the_contract(impl, length):
     """With q = k = 0 each probability is 1 / S, and one-hot values spread a row of them over the output."""
-    length, heads, head_dim, p = 201, 2, 64, 0.3
+    heads, head_dim, p = 2, 64, 0.3
     rng, site = ops.new_rng(2**41 + 3, 2**34 + 1), 2**31 + 5
     cu = cumulative((7, length))
     seen = torch.zeros(heads, length, length, dtype=torch.bool)
@@ -141,12 +210,24 @@ def test_masks_are_those_of_the_contract(impl):
     torch.testing.assert_close(y.max().item(), philox.scale(threshold) / length, rtol=1e-6, atol=0)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("impl", ["reference", "native"])
-def test_padded_and_packed_are_the_same(impl, dtype):
+@pytest.fixture
+def poisoned_memory():
+    """What torch.empty returns is NaN."""
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.parametrize(
+    ("impl", "dtype"),
+    [(impl, dtype) for impl in ("reference", "native") for dtype in (torch.float32, torch.bfloat16)]
+    + [("triton", torch.float32)],
+)
+@pytest.mark.parametrize("lengths", [(130, 0, 1, 67), (3, 0, 60)])
+def test_padded_and_packed_are_the_same(impl, dtype, lengths, small_tiles, poisoned_memory):
     """Padding holds NaN: one read of it would show. Rows past the length are zero in the output and in the gradients."""
-    rng, heads, head_dim, longest = ops.new_rng(6), 2, 32, 130
-    lengths = (130, 0, 1, 67)
+    rng, heads, head_dim = ops.new_rng(6), 1, 32
+    longest = max(lengths) + 2
     qkv, cu = qkv_of(lengths, heads, head_dim, dtype), cumulative(lengths)
     dy = torch.randn(len(qkv), heads, head_dim).to(dtype)
     inside = torch.arange(longest) < torch.tensor(lengths)[:, None]
@@ -163,28 +244,28 @@ def test_padded_and_packed_are_the_same(impl, dtype):
         lambda x: ops.attention(*x.unbind(2), seqlens, dropout_p=0.1, rng=rng, impl=impl), padded, dy_padded
     )
     for a, b in zip(packed, spread, strict=True):
-        assert torch.equal(b[inside], a) if impl == "native" else torch.allclose(b[inside], a, rtol=1e-2, atol=1e-2)
+        assert torch.equal(b[inside], a) if impl != "reference" else torch.allclose(b[inside], a, rtol=1e-2, atol=1e-2)
         assert (b[~inside] == 0).all()
 
 
-@pytest.mark.parametrize("impl", ["reference", "native"])
+@pytest.mark.parametrize("impl", IMPLS)
 def test_strides_do_not_matter_and_nothing_is_copied(impl, monkeypatch):
-    qkv, cu = qkv_of((20, 50), 3, 16, torch.float32), cumulative((20, 50))
+    qkv, cu = qkv_of((20, 50), 3, 32, torch.float32), cumulative((20, 50))
     views = qkv.unbind(1)
     expected = ops.attention_varlen(*(x.contiguous() for x in views), cu, 50, impl=impl)
     last_strided = [x.transpose(1, 2).contiguous().transpose(1, 2) for x in views]
     assert torch.equal(ops.attention_varlen(*last_strided, cu, 50, impl=impl), expected)
     heads_first = [x.transpose(0, 1).contiguous().transpose(0, 1) for x in views]
-    if impl == "native":
+    if impl != "reference":
         monkeypatch.setattr(Tensor, "contiguous", None)
     assert torch.equal(ops.attention_varlen(*views, cu, 50, impl=impl), expected)
     assert torch.equal(ops.attention_varlen(*heads_first, cu, 50, impl=impl), expected)
 
 
-@pytest.mark.parametrize("impl", ["reference", "native"])
+@pytest.mark.parametrize("impl", IMPLS)
 def test_gradients_of_views_and_of_an_expanded_output_gradient(impl):
     lengths = (9, 30)
-    qkv, cu = qkv_of(lengths, 2, 16, torch.float32).requires_grad_(), cumulative(lengths)
+    qkv, cu = qkv_of(lengths, 2, 32, torch.float32).requires_grad_(), cumulative(lengths)
     (fused,) = torch.autograd.grad(ops.attention_qkv_varlen(qkv, cu, 30, impl=impl).sum(), qkv)
     (joined,) = torch.autograd.grad(ops.attention_varlen(*qkv.unbind(1), cu, 30, impl=impl).sum(), qkv)
     assert fused.is_contiguous()
@@ -245,30 +326,31 @@ def test_kernels_stay_inside_their_outputs(isa, head_dim, dtype):
         torch.testing.assert_close(inner[name].double(), wanted, rtol=0, atol=atol)
 
 
-def test_no_gradient_stores_no_log_sum_exp(monkeypatch):
+@pytest.mark.parametrize("impl", ["native", "triton"])
+def test_no_gradient_stores_no_log_sum_exp(monkeypatch, impl):
     seen = []
     forward = attention_op._attention_qkv_fwd
     monkeypatch.setattr(attention_op, "_attention_qkv_fwd", lambda *a: seen.append(forward(*a)) or seen[-1])
-    qkv, cu = qkv_of((5,), 1, 8, torch.float32), cumulative((5,))
-    plain = ops.attention_qkv_varlen(qkv, cu, 5)
+    qkv, cu = qkv_of((5,), 1, 32, torch.float32), cumulative((5,))
+    plain = ops.attention_qkv_varlen(qkv, cu, 5, impl=impl)
     with torch.no_grad():
-        ops.attention_qkv_varlen(qkv.clone().requires_grad_(), cu, 5)
-    trained = ops.attention_qkv_varlen(qkv.clone().requires_grad_(), cu, 5)
+        ops.attention_qkv_varlen(qkv.clone().requires_grad_(), cu, 5, impl=impl)
+    trained = ops.attention_qkv_varlen(qkv.clone().requires_grad_(), cu, 5, impl=impl)
     assert [lse.shape for _, lse in seen] == [(0,), (0,), (1, 5)]
     assert torch.equal(plain, trained)
 
 
-@pytest.mark.parametrize("impl", ["reference", "native"])
+@pytest.mark.parametrize("impl", IMPLS)
 def test_nothing_to_attend_to(impl):
     none = torch.zeros(1, dtype=torch.int32)
-    x = torch.empty(0, 3, 2, 8, requires_grad=True)
+    x = torch.empty(0, 3, 2, 32, requires_grad=True)
     y = ops.attention_qkv_varlen(x, none, 0, impl=impl)
-    assert y.shape == (0, 2, 8)
+    assert y.shape == (0, 2, 32)
     assert torch.autograd.grad(y.sum(), x)[0].shape == x.shape
-    assert ops.attention_qkv_varlen(x, torch.zeros(4, dtype=torch.int32), 5, impl=impl).shape == (0, 2, 8)
-    assert ops.attention(*[torch.empty(0, 4, 2, 8)] * 3, impl=impl).shape == (0, 4, 2, 8)
-    assert ops.attention(*[torch.empty(2, 0, 2, 8)] * 3, impl=impl).shape == (2, 0, 2, 8)
-    assert ops.attention(*[torch.ones(2, 4, 2, 8)] * 3, torch.zeros(2, dtype=torch.int32), impl=impl).eq(0).all()
+    assert ops.attention_qkv_varlen(x, torch.zeros(4, dtype=torch.int32), 5, impl=impl).shape == (0, 2, 32)
+    assert ops.attention(*[torch.empty(0, 4, 2, 32)] * 3, impl=impl).shape == (0, 4, 2, 32)
+    assert ops.attention(*[torch.empty(2, 0, 2, 32)] * 3, impl=impl).shape == (2, 0, 2, 32)
+    assert ops.attention(*[torch.ones(2, 4, 2, 32)] * 3, torch.zeros(2, dtype=torch.int32), impl=impl).eq(0).all()
 
 
 def test_attends_without_lengths_to_everything():
@@ -277,16 +359,16 @@ def test_attends_without_lengths_to_everything():
     torch.testing.assert_close(ops.attention(q, k, v), expected)
 
 
-@pytest.mark.parametrize("impl", ["reference", "native"])
+@pytest.mark.parametrize("impl", IMPLS)
 def test_opcheck(impl):
     cu, rng = cumulative((3, 0, 6)), ops.new_rng(1)
-    qkv = qkv_of((3, 0, 6), 2, 8, torch.float32)
+    qkv = qkv_of((3, 0, 6), 2, 32, torch.float32)
     settings = (cu, 6, 0.4, rng, 1, 26, True, impl)
     torch.library.opcheck(attention_op._attention_qkv_fwd, (qkv.clone().requires_grad_(), *settings))
     torch.library.opcheck(
         attention_op._attention_fwd, (*(x.clone().requires_grad_() for x in qkv.unbind(1)), *settings)
     )
-    padded = [x.view(3, 3, 2, 8).clone().requires_grad_() for x in qkv.unbind(1)]
+    padded = [x.view(3, 3, 2, 32).clone().requires_grad_() for x in qkv.unbind(1)]
     lengths = torch.tensor([3, 0, 2], dtype=torch.int32)
     torch.library.opcheck(attention_op._attention_fwd, (*padded, lengths, 3, 0.4, rng, 1, 0, True, impl))
 
@@ -320,10 +402,10 @@ def int32(*values: int) -> Tensor:
         (int32(0, 4), -1, ValueError, "max_seqlen must be >= 0, got -1"),
     ],
 )
-@pytest.mark.parametrize("impl", ["reference", "native"])
+@pytest.mark.parametrize("impl", IMPLS)
 def test_bad_cu_seqlens(impl, cu, max_seqlen, error, message):
     with pytest.raises(error, match=message):
-        ops.attention_varlen(*[torch.ones(4, 2, 8)] * 3, cu, max_seqlen, impl=impl)
+        ops.attention_varlen(*[torch.ones(4, 2, 32)] * 3, cu, max_seqlen, impl=impl)
 
 
 def test_bad_input():
@@ -348,5 +430,11 @@ def test_bad_input():
         ops.attention(x, x, x, dropout_p=1.0)
     with pytest.raises(ValueError, match="native takes head dimensions up to 256, got 257; usable: reference"):
         ops.attention(*[torch.ones(1, 1, 1, 257)] * 3, impl="native")
+    with pytest.raises(
+        ValueError, match="triton takes head dimensions 32, 64, 96, 128, got 80; usable: native, reference"
+    ):
+        ops.attention(*[torch.ones(1, 1, 1, 80)] * 3, impl="triton")
+    with pytest.raises(ValueError, match="triton takes float32, bfloat16 and float16, got float64"):
+        ops.attention(*[torch.ones(1, 1, 1, 64).double()] * 3, impl="triton")
     with pytest.raises(ValueError, match="native takes float32 and bfloat16, got float64"):
         ops.attention(*[x.double()] * 3, impl="native")

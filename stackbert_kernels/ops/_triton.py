@@ -105,6 +105,7 @@ class Compilation:
     signature      {argument: type}, without constants: "*bf16", "i32", "fp32"; ":16" at the end = a multiple of 16 (of a pointer: of
                    16 bytes), as torch's allocations are; without it no load can be 128-bit; a tuple of types for a tuple
     constants      {argument: value} of the constexpr arguments, and of those that are None or 1
+    maxnreg        what the compiler is told to keep to, as the launch does
     max_registers  a thread's; more would leave too few warps on an SM
     max_spills     instructions that store registers to local memory
     max_narrow     loads and stores of global memory of less than 128 bits: single numbers as seed and step, a row's statistics
@@ -117,6 +118,7 @@ class Compilation:
     constants: Mapping[str, object]
     num_warps: int = 4
     num_stages: int = 3
+    maxnreg: int | None = None
     max_registers: int = 255
     max_spills: int = 0
     max_narrow: int = 0

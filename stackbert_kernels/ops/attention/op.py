@@ -14,6 +14,7 @@ from stackbert_kernels.ops import philox
 from stackbert_kernels.ops.attention import native, reference
 
 MAX_HEAD_DIM = 256  # csrc/attention/attention.h
+TRITON_HEAD_DIMS = (32, 64, 96, 128)
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor, seqlens: Tensor, max_seqlen: int) -> None:
@@ -81,21 +82,33 @@ def _qkv_on_cpu(forward):
     return checked
 
 
+def _triton(name: str):
+    return library.lazy("stackbert_kernels.ops.attention.triton_kernel", name)
+
+
 FORWARD = {
-    "cpu": {"reference": _on_cpu(reference.forward), "native": _on_cpu(native.forward)},
-    "cuda": {"reference": reference.forward},
+    "cpu": {
+        "reference": _on_cpu(reference.forward),
+        "native": _on_cpu(native.forward),
+        "triton": _on_cpu(_triton("forward")),
+    },
+    "cuda": {"reference": reference.forward, "triton": _triton("forward")},
 }
 BACKWARD = {
-    "cpu": {"reference": reference.backward, "native": native.backward},
-    "cuda": {"reference": reference.backward},
+    "cpu": {"reference": reference.backward, "native": native.backward, "triton": _triton("backward")},
+    "cuda": {"reference": reference.backward, "triton": _triton("backward")},
 }
 QKV_FORWARD = {
-    "cpu": {"reference": _qkv_on_cpu(reference.qkv_forward), "native": _qkv_on_cpu(native.qkv_forward)},
-    "cuda": {"reference": reference.qkv_forward},
+    "cpu": {
+        "reference": _qkv_on_cpu(reference.qkv_forward),
+        "native": _qkv_on_cpu(native.qkv_forward),
+        "triton": _qkv_on_cpu(_triton("qkv_forward")),
+    },
+    "cuda": {"reference": reference.qkv_forward, "triton": _triton("qkv_forward")},
 }
 QKV_BACKWARD = {
-    "cpu": {"reference": reference.qkv_backward, "native": native.qkv_backward},
-    "cuda": {"reference": reference.qkv_backward},
+    "cpu": {"reference": reference.qkv_backward, "native": native.qkv_backward, "triton": _triton("qkv_backward")},
+    "cuda": {"reference": reference.qkv_backward, "triton": _triton("qkv_backward")},
 }
 
 
@@ -128,6 +141,8 @@ SETTINGS = "Tensor seqlens, int max_seqlen, float scale, Tensor rng, int site, i
 def _why_not(impl: str, q: Tensor) -> str | None:
     if impl == "native" and q.shape[-1] > MAX_HEAD_DIM:
         return f"native takes head dimensions up to {MAX_HEAD_DIM}, got {q.shape[-1]}"
+    if impl == "triton" and q.shape[-1] not in TRITON_HEAD_DIMS:
+        return f"triton takes head dimensions {', '.join(map(str, TRITON_HEAD_DIMS))}, got {q.shape[-1]}"
     return library.only_dtypes(impl, q)
 
 
