@@ -35,8 +35,18 @@ CASES = [
     Case(5, 769, dtype=torch.bfloat16),
     Case(300, 40, dtype=torch.bfloat16),
     Case(8, 768, dtype=torch.bfloat16, bias=torch.bfloat16, spread=10.0),
+    Case(5, 769, dtype=torch.float16),
+    Case(8, 768, dtype=torch.float16, bias=torch.float16, spread=10.0),
+    Case(67, 1024),  # several turns of a Triton program, the last not full
 ]
 case_ids = [f"{c.rows}x{c.columns}*{c.spread:g}-{str(c.dtype)[6:]}-{str(c.bias)[6:]}" for c in CASES]
+
+
+def implementations(dtype):
+    """Those that take it here. The interpreter of Triton cuts bfloat16 off instead of rounding it; float16 takes the same path on a GPU."""
+    return {torch.bfloat16: ("native", "reference"), torch.float16: ("triton", "reference")}.get(
+        dtype, ("native", "reference", "triton")
+    )
 
 
 def run(function, inputs, dy):
@@ -59,7 +69,7 @@ def test_matches_float64(case, approximate):
     reference = run(lambda *a: ops.bias_gelu(*a, approximate=approximate), [x.double(), bias.double()], dy)
     torch.testing.assert_close(reference, exact)
     baseline = run(torchs, [x, bias], dy)
-    for impl in ("native", "reference"):
+    for impl in implementations(case.dtype):
         ours = run(lambda *a, impl=impl: ops.bias_gelu(*a, approximate=approximate, impl=impl), [x, bias], dy)
         for name, a, want, b in zip(("y", "dx", "dbias"), ours, exact, baseline, strict=True):
             assert a.dtype == b.dtype
@@ -125,6 +135,72 @@ def test_the_lower_tail_keeps_its_digits(isa):
     assert ((dx.double() - run(F.gelu, [u], dy)[1]).abs() < 3e-7).all()
 
 
+def by_triton(x, approximate):
+    """y and the slope at x [C]."""
+    x = x[None].requires_grad_()
+    y = ops.bias_gelu(x, torch.zeros(x.shape[1]), approximate=approximate, impl="triton")
+    return y.detach()[0], torch.autograd.grad(y, x, torch.ones_like(y))[0][0]
+
+
+@pytest.mark.parametrize("approximate", FORMS)
+def test_triton_keeps_the_digits_of_both_tails(approximate):
+    x = torch.linspace(-12.9, 9.0, 8_000) if approximate == "none" else torch.linspace(-9.9, 9.0, 8_000)
+    u = x.double().requires_grad_()
+    cdf = torch.sigmoid(2 * (2 / torch.pi) ** 0.5 * (u + 0.044715 * u**3))
+    if approximate == "none":
+        cdf = 0.5 * torch.special.erfc(-u * 0.5**0.5)
+    want, (slope,) = (u * cdf).detach(), torch.autograd.grad(u * cdf, u, torch.ones_like(u))
+
+    y, dx = by_triton(x, approximate)
+    # exp2(-w) carries the rounding of w: w half-ulps of ln 2, and w is 122 for the last value
+    assert ((y.double() - want) / want).abs().max() < 122 * 2**-24 * 1.5
+    assert ((dx.double() - slope).abs() < 3e-7).all()
+
+    # 16-bit: the short polynomial, 1e-5 of itself in what float16 can hold, must not show beside the rounding
+    half = x.half()
+    u = half.double().requires_grad_()
+    cdf = torch.sigmoid(2 * (2 / torch.pi) ** 0.5 * (u + 0.044715 * u**3))
+    if approximate == "none":
+        cdf = 0.5 * torch.special.erfc(-u * 0.5**0.5)
+    want, (slope,) = (u * cdf).detach(), torch.autograd.grad(u * cdf, u, torch.ones_like(u))
+    y, dx = by_triton(half, approximate)
+    rounding = (2**-11 + 2e-5, 2**-25)  # half an ulp, of a normal and of a subnormal number
+    torch.testing.assert_close(y.double(), want, rtol=rounding[0], atol=rounding[1])
+    torch.testing.assert_close(dx.double(), slope, rtol=rounding[0], atol=rounding[1] + 2e-5)
+
+
+@pytest.mark.filterwarnings("ignore:(overflow|invalid value) encountered:RuntimeWarning")  # NumPy's, of the interpreter
+@pytest.mark.parametrize("approximate", FORMS)
+def test_triton_of_large_and_of_no_numbers(approximate):
+    x = torch.tensor([50.0, 1e20, 3e38, -50.0, -1e20, -3e38, 0.0, torch.nan, torch.inf, -torch.inf])
+    for values in (x, x.half()):
+        y, dx = by_triton(values, approximate)
+        large = values.isfinite()
+        assert torch.equal(y[large], values.clamp(min=0)[large])
+        step = torch.heaviside(values, torch.tensor(0.5).to(values))
+        torch.testing.assert_close(dx[large], step[large], rtol=0, atol=1e-6)  # Phi(0)
+        assert not y[~large].isfinite().any() and not dx[values.isnan()].isfinite().any()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("shape", [(1, 1), (3, 7), (5, 769), (70, 128)])
+def test_triton_stays_inside_its_outputs(shape, dtype, monkeypatch):
+    guard, buffers = 64, []
+
+    def guarded(like, **_):
+        buffers.append(torch.full((like.numel() + 2 * guard,), torch.nan, dtype=like.dtype))
+        return buffers[-1][guard:-guard].view(like.shape)
+
+    x, dy, bias = torch.randn(shape).to(dtype), torch.randn(shape).to(dtype), torch.randn(shape[1])
+    monkeypatch.setattr(torch, "empty_like", guarded)
+    op._bias_gelu_fwd(x, bias, "tanh", "triton")
+    op._bias_gelu_bwd(dy, x, bias, "none", "triton")
+    assert len(buffers) == 2
+    for buffer in buffers:
+        assert buffer[:guard].isnan().all() and buffer[-guard:].isnan().all()
+        assert not buffer[guard:-guard].isnan().any()
+
+
 @pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize("approximate", FORMS)
 def test_special_values_propagate_as_in_torch(approximate, isa):
@@ -168,13 +244,13 @@ def test_only_inputs_are_saved():
     assert saved == [x.data_ptr(), bias.data_ptr()]
 
 
-@pytest.mark.parametrize("impl", ["reference", "native"])
+@pytest.mark.parametrize("impl", ["reference", "native", "triton"])
 def test_no_rows(impl):
     y, dx, dbias = run(lambda *a: ops.bias_gelu(*a, impl=impl), [torch.empty(0, 8), torch.ones(8)], torch.empty(0, 8))
     assert y.shape == dx.shape == (0, 8) and torch.equal(dbias, torch.zeros(8))
 
 
-@pytest.mark.parametrize("impl", ["reference", "native"])
+@pytest.mark.parametrize("impl", ["reference", "native", "triton"])
 def test_strided_and_higher_rank_inputs(impl):
     x, bias, dy = torch.randn(4, 64, 6).transpose(1, 2), torch.randn(128)[::2], torch.randn(64, 6, 4).permute(2, 1, 0)
 
@@ -188,7 +264,7 @@ def test_strided_and_higher_rank_inputs(impl):
         assert torch.equal(a, b)
 
 
-@pytest.mark.parametrize("impl", ["reference", "native"])
+@pytest.mark.parametrize("impl", ["reference", "native", "triton"])
 def test_opcheck(impl):
     x, bias = torch.randn(5, 40, requires_grad=True), torch.randn(40, requires_grad=True)
     torch.library.opcheck(op._bias_gelu_fwd, (x, bias, "none", impl))
@@ -214,9 +290,9 @@ BAD = [
     (lambda: ops.bias_gelu(torch.tensor(1.0), B), ValueError, r"x must be \[rows, columns\], got \[\]"),
     (lambda: ops.bias_gelu(X, B, approximate="erf"), ValueError, "approximate must be one of none, tanh, got 'erf'"),
     (
-        lambda: ops.bias_gelu(X, B, impl="triton"),
+        lambda: ops.bias_gelu(X.double(), B.double(), impl="triton"),
         ValueError,
-        "no triton implementation on cpu; usable: native, reference",
+        "triton takes float32, bfloat16 and float16, got float64; usable: reference",
     ),
     (lambda: ops.bias_gelu(X.half(), B, impl="native"), ValueError, "native takes float32 and bfloat16, got float16"),
 ]

@@ -40,13 +40,16 @@ def _bwd_fake(dy, x, bias, approximate, impl):
     return torch.empty_like(x, memory_format=torch.contiguous_format), torch.empty_like(bias)
 
 
+TRITON = "stackbert_kernels.ops.gelu.triton_kernel"
+triton_fwd, triton_bwd = library.lazy(TRITON, "bias_gelu_fwd"), library.lazy(TRITON, "bias_gelu_bwd")
+
 FORWARD = {
-    "cpu": {"reference": reference.bias_gelu_fwd, "native": native.bias_gelu_fwd},
-    "cuda": {"reference": reference.bias_gelu_fwd},
+    "cpu": {"reference": reference.bias_gelu_fwd, "native": native.bias_gelu_fwd, "triton": triton_fwd},
+    "cuda": {"reference": reference.bias_gelu_fwd, "triton": triton_fwd},
 }
 BACKWARD = {
-    "cpu": {"reference": reference.bias_gelu_bwd, "native": native.bias_gelu_bwd},
-    "cuda": {"reference": reference.bias_gelu_bwd},
+    "cpu": {"reference": reference.bias_gelu_bwd, "native": native.bias_gelu_bwd, "triton": triton_bwd},
+    "cuda": {"reference": reference.bias_gelu_bwd, "triton": triton_bwd},
 }
 
 OP = library.Op("bias_gelu", FORWARD, library.only_dtypes)
