@@ -3,6 +3,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <array>
 #include <stdexcept>
 #include <string>
 #include <vector>
@@ -14,9 +15,11 @@
 #include "common/isa.h"
 #include "dropout/dropout.h"
 #include "duplicate_layers/duplicate_layers.h"
+#include "embedding/embedding.h"
 #include "gelu/gelu.h"
 #include "layer_norm/layer_norm.h"
 #include "masked_lm_loss/masked_lm_loss.h"
+#include "optimizer/optimizer.h"
 
 namespace py = pybind11;
 using namespace stackbert;
@@ -156,6 +159,53 @@ SumInputs sum_inputs(const char* op, Address x, Address residual, Address x_bias
   return {pointer(x), pointer(residual),    pointer<const float>(x_bias), rows,
           columns,    cpu_dtype(op, dtype), pointer<const int64_t>(rng),  site,
           threshold};
+}
+
+using Triple = std::array<Address, kTables>;
+
+// Checks and gathers what both passes of embedding_layer_norm read.
+EmbeddingInputs embedding_inputs(const Triple& ids, const Triple& tables,
+                                 const std::array<int64_t, kTables>& table_rows, int64_t tokens, int64_t columns,
+                                 int table_dtype, int dtype, Address rng, uint32_t site, int threshold) {
+  static constexpr const char* kNames[kTables] = {"ids", "positions", "token_types"};
+  check_sizes("embedding_layer_norm", {tokens, columns, table_rows[0], table_rows[1], table_rows[2]});
+  check_threshold("embedding_layer_norm", threshold);
+  if (threshold > 0) check_addresses("embedding_layer_norm", {rng});
+  EmbeddingInputs in;
+  for (int i = 0; i < kTables; ++i) {
+    in.ids[i] = pointer<const int64_t>(ids[i]);
+    in.tables[i] = pointer(tables[i]);
+    in.table_rows[i] = table_rows[i];
+    if (tokens > 0 && columns > 0) check_addresses("embedding_layer_norm", {ids[i], tables[i]});
+    for (int64_t t = 0; t < tokens; ++t)
+      if (in.ids[i][t] < 0 || in.ids[i][t] >= table_rows[i])
+        throw std::invalid_argument(std::string("embedding_layer_norm: ") + kNames[i] + " must be in [0, " +
+                                    std::to_string(table_rows[i]) + "), got " + std::to_string(in.ids[i][t]));
+  }
+  in.tokens = tokens, in.columns = columns;
+  in.table_dtype = cpu_dtype("embedding_layer_norm", table_dtype);
+  in.dtype = cpu_dtype("embedding_layer_norm", dtype);
+  in.rng = pointer<const int64_t>(rng), in.site = site, in.threshold = threshold;
+  return in;
+}
+
+// weights, grads, exp_avg, exp_avg_sq, steps, copies; rows, size, decay
+using Region = std::tuple<Address, Address, Address, Address, Address, Address, int64_t, int64_t, int64_t>;
+
+AdamWRegion adamw_region(const Region& region) {
+  const auto& [weights, grads, exp_avg, exp_avg_sq, steps, copies, rows, size, decay] = region;
+  check_sizes("adamw_", {rows, size, decay, size - decay});
+  if (rows > 0) check_addresses("adamw_", {steps});
+  if (rows > 0 && size > 0) check_addresses("adamw_", {weights, grads, exp_avg, exp_avg_sq});
+  return {pointer<float>(weights),
+          pointer<const float>(grads),
+          pointer<float>(exp_avg),
+          pointer<float>(exp_avg_sq),
+          pointer<float>(steps),
+          pointer<bfloat16>(copies),
+          rows,
+          size,
+          decay};
 }
 
 }  // namespace
@@ -364,4 +414,74 @@ PYBIND11_MODULE(_C, m) {
       py::arg("dy"), py::arg("x"), py::arg("bias"), py::arg("dx"), py::arg("dbias"), py::arg("workspace"),
       py::arg("rows"), py::arg("columns"), py::arg("dtype"), py::arg("tanh"), py::arg("threads"),
       py::arg("isa") = "best", py::call_guard<py::gil_scoped_release>());
+
+  m.def("embedding_workspace", &embedding_workspace, py::arg("tokens"), py::arg("columns"),
+        "Floats of workspace for embedding_bwd.");
+  m.def("embedding_order", &embedding_order, py::arg("tokens"), py::arg("all_table_rows"),
+        "Integers of workspace for embedding_bwd.");
+  m.def(
+      "embedding_fwd",
+      [](const Triple& ids, const Triple& tables, const std::array<int64_t, kTables>& table_rows, Address weight,
+         Address bias, Address y, Address mean, Address rstd, Address workspace, int64_t tokens, int64_t columns,
+         int table_dtype, int dtype, Address rng, uint32_t site, int threshold, float eps, int threads,
+         const std::string& isa) {
+        const EmbeddingInputs in =
+            embedding_inputs(ids, tables, table_rows, tokens, columns, table_dtype, dtype, rng, site, threshold);
+        if (tokens == 0 || columns == 0) return;
+        check_addresses("embedding_layer_norm", {weight, bias, y, workspace});
+        if ((mean == 0) != (rstd == 0)) throw std::invalid_argument("embedding_fwd: mean and rstd go together");
+        embedding_fwd({in, pointer<const float>(weight), pointer<const float>(bias), eps, pointer(y),
+                       pointer<float>(mean), pointer<float>(rstd), pointer<float>(workspace), threads},
+                      isa_named(isa));
+      },
+      py::arg("ids"), py::arg("tables"), py::arg("table_rows"), py::arg("weight"), py::arg("bias"), py::arg("y"),
+      py::arg("mean"), py::arg("rstd"), py::arg("workspace"), py::arg("tokens"), py::arg("columns"),
+      py::arg("table_dtype"), py::arg("dtype"), py::arg("rng"), py::arg("site"), py::arg("threshold"), py::arg("eps"),
+      py::arg("threads"), py::arg("isa") = "best", py::call_guard<py::gil_scoped_release>());
+  m.def(
+      "embedding_bwd",
+      [](Address dy, const Triple& ids, const Triple& tables, const std::array<int64_t, kTables>& table_rows,
+         Address weight, Address mean, Address rstd, const Triple& dtables, Address dweight, Address dbias, Address dz,
+         Address order, Address workspace, int64_t tokens, int64_t columns, int table_dtype, int dtype, Address rng,
+         uint32_t site, int threshold, int threads, const std::string& isa) {
+        const EmbeddingInputs in =
+            embedding_inputs(ids, tables, table_rows, tokens, columns, table_dtype, dtype, rng, site, threshold);
+        if (columns == 0) return;
+        check_addresses("embedding_layer_norm", {dweight, dbias, order, dtables[0], dtables[1], dtables[2]});
+        if (tokens > 0) check_addresses("embedding_layer_norm", {dy, weight, mean, rstd, dz, workspace});
+        embedding_bwd({in,
+                       pointer(dy),
+                       pointer<const float>(weight),
+                       pointer<const float>(mean),
+                       pointer<const float>(rstd),
+                       {pointer(dtables[0]), pointer(dtables[1]), pointer(dtables[2])},
+                       pointer<float>(dweight),
+                       pointer<float>(dbias),
+                       pointer<float>(dz),
+                       pointer<int64_t>(order),
+                       pointer<float>(workspace),
+                       threads},
+                      isa_named(isa));
+      },
+      py::arg("dy"), py::arg("ids"), py::arg("tables"), py::arg("table_rows"), py::arg("weight"), py::arg("mean"),
+      py::arg("rstd"), py::arg("dtables"), py::arg("dweight"), py::arg("dbias"), py::arg("dz"), py::arg("order"),
+      py::arg("workspace"), py::arg("tokens"), py::arg("columns"), py::arg("table_dtype"), py::arg("dtype"),
+      py::arg("rng"), py::arg("site"), py::arg("threshold"), py::arg("threads"), py::arg("isa") = "best",
+      py::call_guard<py::gil_scoped_release>());
+
+  m.def(
+      "adamw",
+      [](const std::vector<Region>& regions, double lr, double beta1, double beta2, double eps, double weight_decay,
+         double max_norm, Address norm, Address scale, Address found_inf, Address skipped, int threads,
+         const std::string& isa) {
+        std::vector<AdamWRegion> list;
+        for (const Region& region : regions) list.push_back(adamw_region(region));
+        adamw({list.data(), static_cast<int64_t>(list.size()), lr, beta1, beta2, eps, weight_decay, max_norm,
+               pointer<const float>(norm), pointer<const float>(scale), pointer<const float>(found_inf),
+               pointer<float>(skipped), threads},
+              isa_named(isa));
+      },
+      py::arg("regions"), py::arg("lr"), py::arg("beta1"), py::arg("beta2"), py::arg("eps"), py::arg("weight_decay"),
+      py::arg("max_norm"), py::arg("norm"), py::arg("scale"), py::arg("found_inf"), py::arg("skipped"),
+      py::arg("threads"), py::arg("isa") = "best", py::call_guard<py::gil_scoped_release>());
 }

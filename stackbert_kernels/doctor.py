@@ -116,8 +116,15 @@ def cases() -> dict[str, tuple[list, Callable]]:
     qkv = [normal(21, 2, 32) for _ in range(3)]
     lengths = torch.tensor([0, 5, 6, 21], dtype=torch.int32)
     labels = torch.tensor([(17 * i) % 150 if i % 4 else -100 for i in range(19)])
+    indices = [torch.tensor([(step * i) % rows for i in range(19)]) for step, rows in ((11, 30), (1, 8), (3, 2))]
     dropout = {"dropout_p": 0.1, "site": 3}
     return {
+        "embedding_layer_norm": (
+            [normal(30, 72), normal(8, 72), normal(2, 72), weight, bias],
+            lambda word, *rest, impl: ops.embedding_layer_norm(
+                *(i.to(word.device) for i in indices), word, *rest, rng=rng(word), impl=impl, **dropout
+            ),
+        ),
         "attention": (
             qkv,
             lambda q, k, v, impl: ops.attention_varlen(q, k, v, lengths.to(q.device), 15, rng=rng(q), impl=impl, **dropout),
@@ -141,6 +148,7 @@ def cases() -> dict[str, tuple[list, Callable]]:
         ),
         # In place on a copy; its gradient is that of the copy, by torch.
         "duplicate_layers_": ([normal(6, 50)], lambda bank, impl: _duplicated(bank, impl)),
+        "adamw_": ([x, residual], lambda weights, grads, impl: _stepped(weights, grads, impl)),
     }  # fmt: skip
 
 
@@ -151,6 +159,21 @@ def _duplicated(bank, impl: str):
 
     with torch.no_grad():
         return ops.duplicate_layers_(bank.clone(), [0, 0, 1, 1, 2, 2], impl=impl)
+
+
+def _stepped(weights, grads, impl: str):
+    import torch
+
+    from stackbert_kernels import ops
+
+    wide = torch.promote_types(weights.dtype, torch.float32)  # parameters are never narrower
+    weights, grads = weights.detach().to(wide, copy=True), grads.detach().to(wide)
+    moments = [torch.zeros_like(weights) for _ in range(2)]
+    steps, norm = torch.zeros(len(weights), device=weights.device), grads.norm()
+    ops.adamw_(
+        [weights], [grads], [moments[0]], [moments[1]], [steps], [50], lr=0.1, weight_decay=0.5, norm=norm, max_norm=1.0, impl=impl
+    )  # fmt: skip
+    return weights
 
 
 def _self_test(device: str) -> list[dict]:

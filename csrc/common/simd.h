@@ -205,6 +205,18 @@ inline Floats minimum(Floats a, Floats b) {
 inline Floats maximum(Floats a, Floats b) { return a > b ? a : b; }
 inline Floats minimum(Floats a, Floats b) { return a < b ? a : b; }
 #endif
+inline Floats square_root(Floats x) {
+#if defined(__AVX512F__)
+  return bit_cast<Floats>(_mm512_sqrt_ps(bit_cast<__m512>(x)));
+#elif defined(__AVX2__)
+  return bit_cast<Floats>(_mm256_sqrt_ps(bit_cast<__m256>(x)));
+#elif defined(__x86_64__)
+  return bit_cast<Floats>(_mm_sqrt_ps(bit_cast<__m128>(x)));
+#else
+  for (int i = 0; i < kLanes; ++i) x[i] = __builtin_sqrtf(x[i]);
+  return x;
+#endif
+}
 inline Floats absolute(Floats x) { return bit_cast<Floats>(bit_cast<Words>(x) & 0x7FFFFFFF); }
 
 inline float sum(Floats v) {

@@ -1,4 +1,5 @@
 #include "layer_norm/layer_norm.h"
+#include "layer_norm/statistics.h"
 #include "layer_norm/sum_row.h"
 
 namespace stackbert {
@@ -33,34 +34,22 @@ void forward(const LayerNormFwd& a) {
   const int64_t columns = a.sum.columns;
   const Mask mask = mask_of(a.sum.rng, a.sum.site, a.sum.threshold);
   const auto sum_row = SumRow<T>::choose(a.sum);
-  const float share = 1.f / static_cast<float>(columns);
   parallel_row_chunks(a.threads, a.sum.rows, [&](int64_t chunk, int64_t begin, int64_t end) {
     const ChunkSpace space = chunk_space(a.workspace, chunk, columns, 0);
     for (int64_t row = begin; row < end; ++row) {
-      const float near_mean = sum(sum_row(a.sum, mask, row, space.z, space.bytes)) * share;
-
-      // Second pass: E[(z - m)^2] keeps its digits when |m| >> std, E[z^2] - m^2 does not. The sum of z - m is what
-      // rounding left out of m. While arithmetic goes on in cache, the next row is on its way.
+      const Floats total = sum_row(a.sum, mask, row, space.z, space.bytes);
       const RowOf<T> next = row_of<T>(a.sum, row + 1);
       T* y = static_cast<T*>(a.y) + row * columns;
-      Floats rest = {}, square = {};
-      for_vectors(0, columns, [&](int64_t c, auto part) {
+      const Statistics s = statistics(space.z, columns, total, a.eps, [&](int64_t c) {
         prefetch(next.x + c);
         expect<kStream>(y + c);
-        const Floats centred = first(load(space.z + c, part) - near_mean, part);
-        rest += centred;
-        square += centred * centred;
       });
-      const float correction = sum(rest) * share, mean = near_mean + correction;
-      const float variance = sum(square) * share - correction * correction;
-      const float rstd = 1.f / __builtin_sqrtf((variance < 0.f ? 0.f : variance) + a.eps);
-
       for_vectors(0, columns, [&](int64_t c, auto part) {
         prefetch(next.residual + c);
-        const Floats normed = (load(space.z + c, part) - mean) * rstd;
+        const Floats normed = (load(space.z + c, part) - s.mean) * s.rstd;
         put<kStream>(y + c, normed * load(a.weight + c, part) + load(a.bias + c, part), part);
       });
-      if (a.mean) a.mean[row] = mean, a.rstd[row] = rstd;
+      if (a.mean) a.mean[row] = s.mean, a.rstd[row] = s.rstd;
     }
     if (kStream) streamed();
   });

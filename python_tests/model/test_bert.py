@@ -283,7 +283,7 @@ def test_dropout_depends_on_rng_alone():
 def test_sites_are_unique(monkeypatch):
     """Two places with one site would draw the same mask."""
     model, sites = tiny(), []
-    for name in ("attention_qkv_varlen", "dropout_add_layer_norm", "dropout"):
+    for name in ("attention_qkv_varlen", "dropout_add_layer_norm", "embedding_layer_norm"):
         op = getattr(ops, name)
         monkeypatch.setattr(ops, name, lambda *a, op=op, **k: (sites.append(k["site"]), op(*a, **k))[1])
     loss_of(model)

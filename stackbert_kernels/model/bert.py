@@ -183,16 +183,14 @@ class Bert(nn.Module):
         return x
 
     def _embed(self, batch: Tokens, dropout: bool, rng: Tensor | None) -> Tensor:
-        x = F.embedding(batch.input_ids, self.word)
-        x = x + F.embedding(batch.positions, self.position) + F.embedding(batch.token_types, self.token_type)
-        x = ops.layer_norm(
-            x, self.embedding_norm.weight, self.embedding_norm.bias, self.config.norm_eps, impl=self.impl
-        )
-        if torch.is_autocast_enabled(x.device.type):
-            x = x.to(
-                torch.get_autocast_dtype(x.device.type)
-            )  # the stream between layers keeps the matrix products' dtype
-        return ops.dropout(x, self.config.dropout, rng=rng, site=EMBEDDING_SITE, impl=self.impl) if dropout else x
+        kind = batch.input_ids.device.type
+        return ops.embedding_layer_norm(
+            batch.input_ids, batch.positions, batch.token_types, self.word, self.position, self.token_type,
+            self.embedding_norm.weight, self.embedding_norm.bias, dropout_p=self.config.dropout if dropout else 0.0,
+            rng=rng, site=EMBEDDING_SITE, eps=self.config.norm_eps,
+            # the stream between layers keeps the matrix products' dtype
+            dtype=torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None, impl=self.impl,
+        )  # fmt: skip
 
     def _layer(
         self, i: int, x: Tensor, batch: Tokens, dropout: bool, rng: Tensor | None, rows: Tensor | None = None

@@ -14,6 +14,8 @@ from stackbert_kernels.ops.dropout.op import OP as DROPOUT
 from stackbert_kernels.ops.dropout.op import dropout
 from stackbert_kernels.ops.duplicate_layers.op import OP as DUPLICATE_LAYERS
 from stackbert_kernels.ops.duplicate_layers.op import duplicate_layers_
+from stackbert_kernels.ops.embedding.op import OP as EMBEDDING_LAYER_NORM
+from stackbert_kernels.ops.embedding.op import embedding_layer_norm
 from stackbert_kernels.ops.gelu.op import OP as BIAS_GELU
 from stackbert_kernels.ops.gelu.op import bias_gelu
 from stackbert_kernels.ops.layer_norm.op import (
@@ -26,9 +28,12 @@ from stackbert_kernels.ops.layer_norm.op import (
 )
 from stackbert_kernels.ops.masked_lm_loss.op import OP as MASKED_LM_LOSS
 from stackbert_kernels.ops.masked_lm_loss.op import masked_lm_loss, masked_lm_predictions
+from stackbert_kernels.ops.optimizer.op import OP as ADAMW
+from stackbert_kernels.ops.optimizer.op import adamw_
 from stackbert_kernels.ops.philox import new_rng
 
 OPS: tuple[Op, ...] = (
+    EMBEDDING_LAYER_NORM,
     ATTENTION,
     LAYER_NORM,
     DROPOUT_ADD_LAYER_NORM,
@@ -37,6 +42,7 @@ OPS: tuple[Op, ...] = (
     DROPOUT,
     MASKED_LM_LOSS,
     DUPLICATE_LAYERS,
+    ADAMW,
 )
 
 
@@ -55,6 +61,7 @@ def explain(op: str, *tensors: Tensor) -> Explanation:
 
 __all__ = [
     "Explanation",
+    "adamw_",
     "attention",
     "attention_qkv_varlen",
     "attention_varlen",
@@ -64,6 +71,7 @@ __all__ = [
     "dropout_add",
     "dropout_add_layer_norm",
     "duplicate_layers_",
+    "embedding_layer_norm",
     "explain",
     "layer_norm",
     "masked_lm_loss",

@@ -170,7 +170,15 @@ def only_dtypes(impl: str, tensor: Tensor) -> str | None:
 def empty_like(x: Tensor) -> Tensor:
     """What a native kernel writes a result to: dense. Large ones are put on huge pages where the system has them: the page faults of a
     fresh buffer cost more than the kernel that fills it."""
-    y = torch.empty_like(x, memory_format=torch.contiguous_format)
+    return _on_huge_pages(torch.empty_like(x, memory_format=torch.contiguous_format))
+
+
+def empty(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """The same on the CPU for a result that is like no argument."""
+    return _on_huge_pages(torch.empty(shape, dtype=dtype))
+
+
+def _on_huge_pages(y: Tensor) -> Tensor:
     if y.nbytes >= HUGE_PAGES_FROM and y.device.type == "cpu":
         _C.advise_huge_pages(y.data_ptr(), y.nbytes)
     return y

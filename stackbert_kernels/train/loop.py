@@ -393,9 +393,14 @@ def _device(wanted: str) -> torch.device:
 def _kernels(config: TrainConfig, device: torch.device) -> dict[str, str]:
     """The concrete implementation of every op, by what the model will hand to it."""
     dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
-    wide = torch.empty(1, config.model.hidden, dtype=dtype, device=device)
-    samples = {"attention": torch.empty(1, config.model.heads, config.model.head_dim, dtype=dtype, device=device)}
+    stream = torch.empty(1, config.model.hidden, dtype=dtype, device=device)
+    parameter = torch.empty(1, config.model.hidden, device=device)
+    samples = {
+        "attention": torch.empty(1, config.model.heads, config.model.head_dim, dtype=dtype, device=device),
+        "embedding_layer_norm": parameter,
+        "adamw_": parameter,
+    }
     try:
-        return {op.name: op.resolve(config.impl, samples.get(op.name, wide)) for op in ops.OPS}
+        return {op.name: op.resolve(config.impl, samples.get(op.name, stream)) for op in ops.OPS}
     except ValueError as error:
         raise ConfigError(f"impl: {error}") from None

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from stackbert_kernels import ops
 from stackbert_kernels.config import OptimConfig, Stage
 from stackbert_kernels.model.bert import Bert
 
@@ -20,11 +21,11 @@ class Moments:
 
     exp_avg: Tensor
     exp_avg_sq: Tensor
-    step: Tensor  # float32 scalar, as torch's fused kernel reads it
+    step: Tensor  # float32 scalar
 
 
 class AdamW:
-    """Adam with decoupled weight decay (Loshchilov & Hutter, arXiv 1711.05101), on torch's fused kernel.
+    """Adam with decoupled weight decay (Loshchilov & Hutter, arXiv 1711.05101), by ops.adamw_.
 
         exp_avg, exp_avg_sq  [L, P] float32  moments of the bank's rows
         steps                [L] float32     steps that each row has taken
@@ -43,7 +44,7 @@ class AdamW:
         self.always_on: dict[str, Moments] = {}
         self.skipped = torch.zeros(2, device=bank.weights.device)  # steps skipped: in all, in a row until now
         self.norm: Tensor | None = None
-        self._scale: Tensor | None = None
+        self._max_norm = 0.0
         self._follow_model()
 
     def set_window(self, stage: Stage) -> None:
@@ -73,17 +74,15 @@ class AdamW:
             if parameter.requires_grad and name not in self.always_on:
                 self.always_on[name] = _no_moments(parameter)
         self._learning = [(name, p) for name, p in parameters.items() if p.requires_grad]
-        bank, cut = self.model.bank, self.model.bank.decay_size
-        tensors = (bank.weights, bank.grads, self.exp_avg, self.exp_avg_sq)
+        bank = self.model.bank
         self._window = bank.window
-        rows = range(*bank.window)
-        self._decayed_rows = [(*(t[i, :cut] for t in tensors), self.steps[i]) for i in rows]
-        self._plain_rows = [(*(t[i, cut:] for t in tensors), self.steps[i]) for i in rows]
-        self.norm = self._scale = None
+        rows = slice(*bank.window)
+        self._rows = [t[rows] for t in (bank.weights, bank.grads, self.exp_avg, self.exp_avg_sq, self.steps)]
+        self.norm = None
 
     def zero_grad(self) -> None:
         self.model.zero_grad()
-        self.norm = self._scale = None
+        self.norm = None
 
     def gradients(self) -> list[Tensor]:
         """Exactly what this stage trains: a dense row a layer of the window, and the always-on gradients that exist."""
@@ -97,49 +96,33 @@ class AdamW:
     def clip(self, max_norm: float) -> Tensor:
         """Global norm of the gradients, a scalar on their device; the next `step` scales them to at most max_norm (0: as they are).
 
-        The scaling is a factor inside the fused kernel, so it costs no pass over the gradients.
+        The scaling is a factor inside the kernel, so it costs no pass over the gradients, which keep their values.
         """
-        self.norm = torch.nn.utils.get_total_norm(self.gradients())
-        # 1e-6 as in torch's clip_grad_norm_
-        self._scale = ((self.norm + 1e-6) / max_norm).clamp_(min=1.0) if max_norm > 0 else None
+        self.norm, self._max_norm = torch.nn.utils.get_total_norm(self.gradients()), max_norm
         return self.norm
 
     @torch.no_grad()
     def step(self, lr: float, *, loss: Tensor | None = None) -> Tensor:
         """One update at rate `lr`, clipped as `clip` said. Returns 1.0 if it was skipped (norm or loss not finite), else 0.0, as a
         scalar on the device; `skipped` counts them."""
-        norm = self.clip(0.0) if self.norm is None else self.norm
-        finite = torch.isfinite(norm)
-        if loss is not None:
-            finite &= torch.isfinite(loss.detach()).all()
-        skip = (~finite).float()
-        taken = 1.0 - skip
-
-        first, last = self._window
-        self.steps[first:last] += taken
-        decayed, plain = list(self._decayed_rows), list(self._plain_rows)
+        if self.norm is None:
+            self.clip(0.0)
+        regions = [(*self._rows, self.model.bank.decay_size)]
         for name, parameter in self._learning:
             if parameter.grad is None:  # a head that this batch had no labels for
                 continue
             moments = self.always_on[name]
-            moments.step.add_(taken)
-            group = decayed if parameter.dim() >= 2 else plain
-            group.append((parameter, parameter.grad, moments.exp_avg, moments.exp_avg_sq, moments.step))
-        self._update(decayed, lr, self.config.weight_decay, skip)
-        self._update(plain, lr, 0.0, skip)
-
-        self.skipped += skip
-        self.skipped[1] *= skip
-        self.norm = self._scale = None
-        return skip
-
-    def _update(self, group: list[tuple[Tensor, ...]], lr: float, weight_decay: float, skip: Tensor) -> None:
-        # The kernel itself, not torch.optim.AdamW: a row is two slices (with decay, without) that share one step count.
-        weights, grads, exp_avg, exp_avg_sq, steps = (list(tensors) for tensors in zip(*group, strict=True))
-        torch._fused_adamw_(
-            weights, grads, exp_avg, exp_avg_sq, [], steps, lr=lr, beta1=self.config.beta1, beta2=self.config.beta2,
-            weight_decay=weight_decay, eps=self.config.eps, amsgrad=False, maximize=False, grad_scale=self._scale, found_inf=skip,
+            decay = parameter.numel() if parameter.dim() >= 2 else 0
+            regions.append((parameter, parameter.grad, moments.exp_avg, moments.exp_avg_sq, moments.step, decay))
+        ops.adamw_(
+            *zip(*regions, strict=True), lr=lr, beta1=self.config.beta1, beta2=self.config.beta2, eps=self.config.eps,
+            weight_decay=self.config.weight_decay, norm=self.norm, max_norm=self._max_norm,
+            # 0 if it is finite, else NaN
+            found_inf=None if loss is None else loss.detach() - loss.detach(),
+            skipped=self.skipped, impl=self.model.impl,
         )  # fmt: skip
+        self.norm = None
+        return self.skipped[1].clamp(max=1.0)
 
     # --- state, by parameter name ---
 

@@ -1,4 +1,4 @@
-"""dropout: where BERT needs it outside the fused ops (after the embeddings, before a classifier)."""
+"""dropout: where BERT needs it outside the fused ops, as before a classifier."""
 
 from __future__ import annotations
 

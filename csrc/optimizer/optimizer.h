@@ -1,0 +1,45 @@
+// adamw_: one step of Adam with decoupled weight decay (Loshchilov & Hutter, arXiv 1711.05101) over all regions, in
+// place.
+//
+//   g = grad * scale * min(1, max_norm / (norm * scale + 1e-6))        the second factor only if max_norm > 0
+//   m = beta1 m + (1 - beta1) g
+//   v = beta2 v + (1 - beta2) g^2
+//   w = (1 - lr weight_decay) w - lr / (1 - beta1^t) * m / (sqrt(v) / sqrt(1 - beta2^t) + eps)
+//
+// t is the row's own step count, this step included; weight decay reaches the first `decay` elements of a row. The step
+// is skipped where norm * scale is not finite or found_inf is not zero: nothing changes then but `skipped`. An element
+// is read and written once, 28 bytes in all; those of the gradients are left alone. Results do not depend on threads.
+#pragma once
+
+#include <cstdint>
+
+#include "common/dtype.h"
+#include "common/isa.h"
+
+namespace stackbert {
+
+// Dense [rows, size] each.
+struct AdamWRegion {
+  float* weights;
+  const float* grads;
+  float* exp_avg;
+  float* exp_avg_sq;
+  float* steps;      // [rows]: steps that each row has taken
+  bfloat16* copies;  // the new weights once more, or null
+  int64_t rows, size, decay;
+};
+
+struct AdamW {
+  const AdamWRegion* regions;
+  int64_t count;
+  double lr, beta1, beta2, eps, weight_decay, max_norm;
+  const float* norm;       // scalar: the norm of all gradients as they are; or null: 0
+  const float* scale;      // scalar, or null: 1
+  const float* found_inf;  // scalar, or null: 0
+  float* skipped;          // [2]: steps skipped in all, and in a row until now; or null
+  int threads;
+};
+
+STACKBERT_CPU_KERNEL(adamw, AdamW)
+
+}  // namespace stackbert

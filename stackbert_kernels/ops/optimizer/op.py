@@ -1,0 +1,141 @@
+"""adamw_: a step of AdamW over all parameters of a model, in place, without a wait for the device."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from stackbert_kernels.ops import _library as library
+from stackbert_kernels.ops.optimizer import native, reference
+
+TABLE = {
+    "cpu": {"reference": reference.adamw_, "native": native.adamw_},
+    "cuda": {"reference": reference.adamw_},
+}
+
+
+def _why_not(impl: str, weights: Tensor) -> str | None:
+    if impl != "reference" and weights.dtype != torch.float32:
+        return f"{impl} takes float32 weights, got {str(weights.dtype).removeprefix('torch.')}"
+    return None
+
+
+OP = library.Op("adamw_", TABLE, _why_not)
+
+
+NUMBERS = ("lr", "beta1", "beta2", "eps", "weight_decay", "max_norm")
+SCALARS = ("norm", "scale", "found_inf")
+
+
+def _check(weights, grads, exp_avg, exp_avg_sq, steps, copies, skipped, decay, scalars, numbers) -> None:
+    if not weights:
+        raise ValueError("adamw_: weights must name at least one tensor, got none")
+    like = {"grads": grads, "exp_avg": exp_avg, "exp_avg_sq": exp_avg_sq}
+    for name, given in {**like, "steps": steps, "decay": decay, "copies": copies or weights}.items():
+        if len(given) != len(weights):
+            raise ValueError(f"adamw_: {name} must have {len(weights)} entries as weights, got {len(given)}")
+    dtype, device = weights[0].dtype, weights[0].device
+    if not dtype.is_floating_point:
+        raise TypeError(f"adamw_: weights must be floating point, got {dtype}")
+    for i, w in enumerate(weights):
+        _check_tensor(f"weights[{i}]", w, w.shape, dtype, device)
+        for name, given in like.items():
+            _check_tensor(f"{name}[{i}]", given[i], w.shape, dtype, device, dense=name != "grads")
+        if copies:
+            _check_tensor(f"copies[{i}]", copies[i], w.shape, torch.bfloat16, device)
+        rows = w.shape[:1] if steps[i].dim() else w.shape[:0]
+        _check_tensor(f"steps[{i}]", steps[i], rows, torch.float32, device)
+        size = w.numel() // max(1, steps[i].numel())
+        if not 0 <= decay[i] <= size:
+            raise ValueError(f"adamw_: decay[{i}] must be in 0..{size}, the elements of a row, got {decay[i]}")
+    for name, scalar in zip(SCALARS, scalars, strict=True):
+        if scalar is not None and (scalar.dim() or not scalar.is_floating_point() or scalar.device != device):
+            raise ValueError(f"adamw_: {name} must be a floating point scalar on {device}, got {_described(scalar)}")
+    if skipped is not None:
+        _check_tensor("skipped", skipped, (2,), torch.float32, device)
+    for name, number in zip(NUMBERS, numbers, strict=True):
+        if not 0.0 <= number < (1.0 if name.startswith("beta") else math.inf):
+            raise ValueError(f"adamw_: {name} must be in [0, {1 if name.startswith('beta') else 'inf'}), got {number}")
+
+
+def _check_tensor(
+    name: str, tensor: Tensor, shape, dtype: torch.dtype, device: torch.device, dense: bool = True
+) -> None:
+    if tensor.dtype != dtype:
+        raise TypeError(f"adamw_: {name} must be {dtype}, got {tensor.dtype}")
+    if tensor.shape != shape or tensor.device != device:
+        raise ValueError(f"adamw_: {name} must be {list(shape)} on {device}, got {_described(tensor)}")
+    if dense and not tensor.is_contiguous():
+        raise ValueError(f"adamw_: {name} must be dense, got {_described(tensor)} with strides {list(tensor.stride())}")
+
+
+def _described(tensor: Tensor) -> str:
+    return f"{tensor.dtype} {list(tensor.shape)} on {tensor.device}"
+
+
+# Not Library.impl: only custom_op(mutates_args=...) raises the version counters. Few arguments: torch spends their square.
+@torch.library.custom_op(
+    "stackbert::adamw_",
+    mutates_args=("weights", "exp_avg", "exp_avg_sq", "steps", "copies", "skipped"),
+    schema="(Tensor(a!)[] weights, Tensor[] grads, Tensor(b!)[] exp_avg, Tensor(c!)[] exp_avg_sq, Tensor(d!)[] steps, "
+    "Tensor(e!)[] copies, Tensor(f!)? skipped, int[] decay, Tensor?[] scalars, float[] numbers, str impl) -> ()",
+)
+def _adamw_(weights, grads, exp_avg, exp_avg_sq, steps, copies, skipped, decay, scalars, numbers, impl) -> None:
+    TABLE[weights[0].device.type][impl](
+        weights, grads, exp_avg, exp_avg_sq, steps, copies, skipped, decay, scalars, numbers
+    )
+
+
+@_adamw_.register_fake
+def _(weights, grads, exp_avg, exp_avg_sq, steps, copies, skipped, decay, scalars, numbers, impl) -> None:
+    _check(weights, grads, exp_avg, exp_avg_sq, steps, copies, skipped, decay, scalars, numbers)
+
+
+def adamw_(
+    weights: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    exp_avg: Sequence[Tensor],
+    exp_avg_sq: Sequence[Tensor],
+    steps: Sequence[Tensor],
+    decay: Sequence[int],
+    *,
+    lr: float,
+    beta1: float = 0.9,
+    beta2: float = 0.999,
+    eps: float = 1e-8,
+    weight_decay: float = 0.01,
+    norm: Tensor | None = None,
+    max_norm: float = 0.0,
+    scale: Tensor | None = None,
+    found_inf: Tensor | None = None,
+    skipped: Tensor | None = None,
+    copies: Sequence[Tensor] = (),
+    impl: str = "auto",
+) -> None:
+    """One step of Adam with decoupled weight decay (Loshchilov & Hutter, arXiv 1711.05101), as torch.optim.AdamW takes it.
+
+        weights        tensors of one floating dtype (float32 but for the reference), each dense
+        grads          their gradients, of the same dtype; read, never changed
+        exp_avg, exp_avg_sq   Adam's moments, like the weights
+        steps          float32; a scalar: the tensor counts its steps as one; or [L]: it is [L, ...], and each row counts its own
+        decay          so many elements at the beginning of each row (of the tensor, if it counts as one) have weight decay
+        norm           scalar, the norm of all gradients as they are; max_norm > 0 scales them to at most that, as torch's clip_grad_norm_
+        scale          scalar that gradients and norm are multiplied with first, such as 1 / a loss scale; None = 1
+        found_inf      scalar; anything but 0, NaN included, skips the step; None = 0
+        skipped        [2] float32: counts the skipped steps, in all and in a row until now
+        copies         bfloat16 tensors like the weights that get the new weights too; () = none
+
+    A step is skipped where norm * scale is not finite, too: then nothing changes but `skipped`. That is decided on the device. Each
+    element is read and written once: 28 bytes. Tensors that require grad are refused unless gradients are off.
+    """
+    changed = [list(t) for t in (weights, exp_avg, exp_avg_sq, steps, copies)]
+    weights, exp_avg, exp_avg_sq, steps, copies = changed
+    scalars, numbers = [norm, scale, found_inf], [lr, beta1, beta2, eps, weight_decay, max_norm]
+    arguments = (weights, list(grads), exp_avg, exp_avg_sq, steps, copies, skipped, list(decay), scalars, numbers)
+    _check(*arguments)
+    if torch.is_grad_enabled() and any(t.requires_grad for tensors in changed for t in tensors):
+        raise ValueError("adamw_: what it changes must not require grad; or call it under torch.no_grad()")
+    _adamw_(*arguments, OP.resolve(impl, weights[0]))
