@@ -93,7 +93,7 @@ def run_ops(options: argparse.Namespace) -> int:
         "format": results_file.FORMAT,
         "kind": "ops",
         "machine": machine.machine(device, options.commit),
-        "sources": {bench.op: machine.digest(bench.folder) for bench in benches},
+        "sources": {bench.op: machine.digest(bench.folder, device) for bench in benches},
         "quick": options.quick,
         "rows": [],
         "problems": [],

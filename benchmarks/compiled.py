@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import collections
-import json
 import os
 import re
 import subprocess
@@ -18,6 +17,8 @@ import sys
 import tempfile
 from importlib import import_module
 from pathlib import Path
+
+from . import machine, results_file
 
 ARCHITECTURES = (80, 90, 100)
 SHARED_MEMORY = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}  # bytes that one program may have
@@ -108,6 +109,19 @@ def table(ops: list[str], architectures: list[int]) -> list[dict[str, object]]:
     return rows
 
 
+def result(ops: list[str], rows: list[dict[str, object]]) -> dict[str, object]:
+    """As a result file holds it."""
+    facts = machine.machine("cpu")
+    kept = {name: facts[name] for name in ("triton", "python", "date", "commit", "dirty")}
+    return {
+        "format": results_file.FORMAT,
+        "kind": "compiled",
+        "machine": {"device": "cuda", **kept},
+        "sources": {stem: machine.digest(stem, "cuda") for stem in ops},
+        "rows": rows,
+    }
+
+
 def render(rows: list[dict[str, object]]) -> str:
     lines = []
     width = max((len(row["kernel"]) for row in rows), default=0)
@@ -136,7 +150,7 @@ def main() -> int:
         rows = table(options.op, options.arch)
     print(render(rows))
     if options.json:
-        options.json.write_text(json.dumps(rows, indent=1) + "\n")
+        results_file.write(options.json, result(options.op, rows))
     return 1 if any(row["broken"] for row in rows) else 0
 
 

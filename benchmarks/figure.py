@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import math
 import sys
 from collections.abc import Mapping, Sequence
@@ -33,22 +35,45 @@ LOG_FROM = 25.0  # slowest over fastest: beyond it a linear axis would leave no 
 NAMES, BARS, BAR, HEAD, PANEL, TITLE, NOTES = 1.45, 3.3, 0.2, 0.3, 0.86, 0.62, 0.42
 
 
-def write(result: Mapping, out: Path) -> list[Path]:
-    """OP.png in `out` for each op of an ops.json result; without matplotlib none, and a line on stderr that says what to install."""
-    rows: dict[str, list[Mapping]] = {}
-    for row in result["rows"]:
-        rows.setdefault(row["op"], []).append(row)
+def write(result: Mapping, out: Path, *, only_new: bool = False) -> list[Path]:
+    """OP.png in `out` for each op of an ops.json result; without matplotlib none, and a line on stderr that says what to install.
+
+    only_new: those that are there and of these rows are left alone.
+    """
+    pictures = {path: op for path, op in _pictures(result, out).items() if not (only_new and _is_of(path, result, op))}
+    if not pictures:
+        return []
     try:
         import matplotlib  # noqa: F401
     except ImportError:
         print('no plots without matplotlib: pip install "stackbert-kernels[plot]"', file=sys.stderr)
         return []
-    written = []
-    for op, of_op in rows.items():
-        path = Path(out) / f"{op}.png"
-        draw(op, of_op, result["machine"], path)
-        written.append(path)
-    return written
+    for path, op in pictures.items():
+        draw(op, _rows(result, op), result["machine"], path)
+    return list(pictures)
+
+
+def outdated(result: Mapping, out: Path) -> list[Path]:
+    """The pictures in `out` that are of other rows than these."""
+    return [path for path, op in _pictures(result, out).items() if path.exists() and not _is_of(path, result, op)]
+
+
+def _pictures(result: Mapping, out: Path) -> dict[Path, str]:
+    return {Path(out) / f"{op}.png": op for op in dict.fromkeys(row["op"] for row in result["rows"])}
+
+
+def _rows(result: Mapping, op: str) -> list[Mapping]:
+    return [row for row in result["rows"] if row["op"] == op]
+
+
+def _is_of(path: Path, result: Mapping, op: str) -> bool:
+    return path.exists() and _mark(_rows(result, op), result["machine"]).encode() in path.read_bytes()
+
+
+def _mark(rows: Sequence[Mapping], machine: Mapping) -> str:
+    """Of what a picture shows; it is written into the file."""
+    content = json.dumps([rows, machine], sort_keys=True)
+    return f"rows-{hashlib.sha1(content.encode()).hexdigest()}"
 
 
 def colour(name: str) -> str:
@@ -90,17 +115,20 @@ def draw(op: str, rows: Sequence[Mapping], machine: Mapping, path: Path) -> None
         _panel(axis, of_case, inner)
     for i, line in enumerate(_notes(rows)):
         figure.text(0.15 / width, (0.3 - 0.17 * i) / height, line, fontsize=7.5, color=FAINT, va="center")
-    _save(figure, path)
+    _save(figure, path, _mark(rows, machine))
 
 
-def _save(figure, path: Path) -> None:
+def _save(figure, path: Path, mark: str) -> None:
     """With a palette: a quarter of the bytes, for files that are committed."""
     import numpy as np
-    from PIL import Image
+    from PIL import Image, PngImagePlugin
 
     figure.canvas.draw()
     picture = Image.fromarray(np.asarray(figure.canvas.buffer_rgba())[..., :3])
-    picture.quantize(128, method=Image.Quantize.MEDIANCUT, dither=Image.Dither.NONE).save(path, optimize=True)
+    information = PngImagePlugin.PngInfo()
+    information.add_text("Comment", mark)
+    picture = picture.quantize(128, method=Image.Quantize.MEDIANCUT, dither=Image.Dither.NONE)
+    picture.save(path, format="png", optimize=True, pnginfo=information)
 
 
 def contenders(row: Mapping) -> list[str]:

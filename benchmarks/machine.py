@@ -11,6 +11,7 @@ import os
 import platform
 import subprocess
 import time
+from collections.abc import Mapping
 from importlib import metadata
 from pathlib import Path
 
@@ -51,22 +52,38 @@ def name(facts: dict[str, object]) -> str:
     return f"{kind}-{facts['cores']}-cores"
 
 
-def sources(folder: str) -> list[Path]:
-    """The files that decide how fast the op in this folder is."""
-    places = [ROOT / "csrc" / folder, ROOT / "stackbert_kernels/ops" / folder, *(ROOT / s for s in SHARED_SOURCES)]
-    files = [f for place in places for f in ([place] if place.is_file() else place.rglob("*"))]
-    return sorted(f for f in files if f.suffix in (".h", ".cuh", ".cpp", ".cu", ".py"))
+def places(folder: str) -> list[str]:
+    """Where the sources of the op in this folder lie, and those that all ops share."""
+    return [f"csrc/{folder}", f"stackbert_kernels/ops/{folder}", *SHARED_SOURCES]
 
 
-def digest(folder: str) -> str | None:
-    """Of an op's sources, by git's blob names, so that it can be found again in the history. None: an installed copy, without csrc."""
-    if not (ROOT / "csrc").is_dir():
+def counts(path: str, folder: str, device: str) -> bool:
+    """Whether this file can decide how fast the op is there. Kernels of the other device cannot."""
+    if not any(path == place or path.startswith(f"{place}/") for place in places(folder)):
+        return False
+    of_the_other = ("_cpu.cpp",) if device == "cuda" else (".cu", ".cuh", "triton_kernel.py", "_triton.py", "_triton_language.py")  # fmt: skip
+    return path.endswith((".h", ".cuh", ".cpp", ".cu", ".py")) and not path.endswith(of_the_other)
+
+
+def digest(folder: str, device: str, blobs: Mapping[str, str] | None = None) -> str | None:
+    """Of an op's sources, by the names that git gives their contents, so that it can be found again in the history.
+
+    `blobs`: {path: name} of another tree than this one. None is the digest of an installed copy, which has no csrc.
+    """
+    if blobs is None:
+        blobs = {f.relative_to(ROOT).as_posix(): _blob(f) for place in places(folder) for f in _files(ROOT / place)}
+    lines = [f"{path} {name}\n" for path, name in sorted(blobs.items()) if counts(path, folder, device)]
+    if not any(line.startswith("csrc/") for line in lines):
         return None
-    lines = [f"{f.relative_to(ROOT).as_posix()} {_blob(f.read_bytes())}\n" for f in sources(folder)]
     return hashlib.sha1("".join(lines).encode()).hexdigest()[:16]
 
 
-def _blob(content: bytes) -> str:
+def _files(place: Path) -> list[Path]:
+    return [place] if place.is_file() else [file for file in place.rglob("*") if file.is_file()]
+
+
+def _blob(file: Path) -> str:
+    content = file.read_bytes()
     return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
 
 

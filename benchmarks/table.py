@@ -29,6 +29,17 @@ def text(rows: Sequence[Mapping[str, object]]) -> str:
     )
 
 
+def markdown(rows: Sequence[Mapping[str, object]]) -> str:
+    """The same as a Markdown table."""
+    if not rows:
+        return ""
+    columns = list(dict.fromkeys(key for row in rows for key in row))
+    numeric = [all(isinstance(row.get(c), int | float | None) for row in rows) for c in columns]
+    lines = [columns, ["---:" if right else "---" for right in numeric]]
+    lines += [[_cell(row.get(column)).replace("|", "\\|") for column in columns] for row in rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
 def _cell(value: object) -> str:
     if value is None:
         return "-"
@@ -82,7 +93,7 @@ def op_rows(rows: Sequence[Mapping]) -> list[dict[str, object]]:
                 "rate": f"{row['gb_per_s']:.0f} GB/s" if memory else f"{row['tflop_per_s']:.3g} TFLOP/s",
                 "of ceiling": row["share"],
             }
-            | {f"x {name}": ratio["median"] for name, ratio in row["ratios"].items()}
+            | {f"x {name}": row["ratios"][name]["median"] for name in sorted(row["ratios"], key=is_ours, reverse=True)}
         )
     return lines
 

@@ -12,7 +12,9 @@ from benchmarks import figure, table
 def axes(monkeypatch):
     """The panels of each figure that is drawn, by the title of the figure's file."""
     drawn = {}
-    monkeypatch.setattr(figure, "_save", lambda drawn_figure, path: drawn.setdefault(path.name, drawn_figure.axes))
+    monkeypatch.setattr(
+        figure, "_save", lambda drawn_figure, path, mark: drawn.setdefault(path.name, drawn_figure.axes)
+    )
     return drawn
 
 

@@ -33,7 +33,7 @@ def test_machine_code(stem, tmp_path):
     done = run("--op", stem, "--json", str(tmp_path / "table.json"))
     print(done.stdout)
     assert done.returncode == 0, done.stdout + done.stderr
-    rows = json.loads((tmp_path / "table.json").read_text())
+    rows = json.loads((tmp_path / "table.json").read_text())["rows"]
     assert {row["arch"] for row in rows} == set(compiled.ARCHITECTURES)
     assert all(row["accesses"] for row in rows)
 
@@ -42,7 +42,7 @@ def test_one_kernel(tmp_path):
     """The quick one, of those that are not marked slow."""
     done = run("--op", "dropout", "--arch", "90", "--json", str(tmp_path / "table.json"))
     assert done.returncode == 0, done.stdout + done.stderr
-    rows = json.loads((tmp_path / "table.json").read_text())
+    rows = json.loads((tmp_path / "table.json").read_text())["rows"]
     assert len(rows) == 3 and all(row["spills"] == 0 and 0 < row["registers"] <= 64 for row in rows)
     assert "dropout 768 bf16" in done.stdout and "LDG.E.128" in done.stdout
 
