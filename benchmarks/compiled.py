@@ -18,11 +18,13 @@ import tempfile
 from importlib import import_module
 from pathlib import Path
 
+import stackbert_kernels
+
 from . import machine, results_file
 
 ARCHITECTURES = (80, 90, 100)
 SHARED_MEMORY = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}  # bytes that one program may have
-OPS = Path(__file__).parents[1] / "stackbert_kernels" / "ops"
+OPS = Path(stackbert_kernels.__file__).parent / "ops"
 
 
 def stems() -> list[str]:
@@ -144,7 +146,7 @@ def main() -> int:
     parser.add_argument("--json", type=Path, help="also write the rows to this file")
     options = parser.parse_args()
     if os.environ.pop("TRITON_INTERPRET", None):  # the kernels must be compiled, not interpreted
-        return subprocess.run([sys.executable, "-m", "benchmarks.compiled", *sys.argv[1:]]).returncode
+        return subprocess.run([sys.executable, "-m", f"{__package__}.compiled", *sys.argv[1:]]).returncode
     with tempfile.TemporaryDirectory() as cache:
         os.environ["TRITON_CACHE_DIR"] = cache  # today's compiler, not what an earlier one left
         rows = table(options.op, options.arch)

@@ -175,14 +175,24 @@ def _order(op: str) -> tuple[int, str]:
 
 
 def phases(result: Result, out: Path) -> list[str]:
-    """What one run on a GPU proved."""
+    """What one run on a GPU proved. What is in files of its own stands in sections of its own."""
+    done = result.content["phases"]
     lines = [
         {"part": name, "state": phase["state"], "seconds": round(phase["seconds"]), "": phase.get("reason", "")}
-        for name, phase in result.content["phases"].items()
+        for name, phase in done.items()
     ]
-    failures = [f"- {name}: {line}" for name, phase in result.content["phases"].items() for line in phase.get("failures", [])]  # fmt: skip
-    training = picture(result.path.parent / "training.png", "training run", out)
-    return ["### What the run proved", table.markdown(lines), "\n".join(failures), training]
+    parts = ["### What the run proved", table.markdown(lines)]
+    parts.append("\n".join(f"- {name}: {line}" for name, phase in done.items() for line in phase.get("failures", [])))
+    for name, phase in done.items():
+        if phase.get("lines") and "file" not in phase:
+            told = "\n".join(phase["lines"])
+            parts.append(f"{name}:\n\n```text\n{told}\n```")
+    kernels = done.get("build", {}).get("kernels", [])
+    if kernels:
+        columns = ("kernel", "registers", "shared", "stack")
+        rows = [{name: kernel[name] for name in columns} for kernel in kernels]
+        parts += ["### Compiled CUDA kernels", table.markdown(rows)]
+    return [*parts, picture(result.path.parent / "training.png", "training run", out)]
 
 
 def whole_training(result: Result) -> list[str]:

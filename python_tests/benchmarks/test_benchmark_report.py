@@ -82,8 +82,9 @@ def test_what_was_measured_is_on_the_page(page):
 
 
 def test_a_run_on_a_gpu_shows_what_it_proved(page):
+    kernel = {"kernel": "layer_norm_fwd<bf16>", "arch": "sm_90a", "registers": 40, "shared": 0, "stack": 0}
     phases = {
-        "build": {"state": "passed", "seconds": 80.2, "limit": 90},
+        "build": {"state": "passed", "seconds": 80.2, "limit": 90, "lines": ["GNU 13, 1 kernel"], "kernels": [kernel]},
         "tests": {
             "state": "failed",
             "seconds": 100.0,
@@ -91,9 +92,12 @@ def test_a_run_on_a_gpu_shows_what_it_proved(page):
             "reason": "2 failed",
             "failures": ["test_mask[bf16]"],
         },
+        "ops": {"state": "passed", "seconds": 120.0, "limit": 130, "file": "ops.json", "lines": ["shown elsewhere"]},
     }
     text = page(h200={"gpu.json": {"format": 1, "kind": "gpu", "machine": MACHINE, "pretend": False, "phases": phases}})
     assert "| tests | failed | 100 | 2 failed |" in text and "- tests: test_mask[bf16]" in text
+    assert "| layer_norm_fwd<bf16> | 40 | 0 | 0 |" in text
+    assert "GNU 13, 1 kernel" in text and "shown elsewhere" not in text
 
 
 @pytest.mark.parametrize(
