@@ -11,32 +11,34 @@ from pathlib import Path
 from .command_line import DONE, FAILED, BadUse, Parser, answered, device_of, make_folder
 
 DTYPES = ("fp32", "bf16", "fp16")
+OTHER_COMMANDS = """other commands, each with --help:
+  {prog} train_step     the whole training step beside transformers
+  {prog} time_to_loss   held-out loss in equal time
+  {prog} compare A B    what became slower between two results
+  {prog} report         RESULTS.md from the committed results
+"""
 
 
 def run_parser(prog: str) -> Parser:
     parser = Parser(
         prog=prog,
-        description=__doc__,
-        epilog="Other commands: train_step and time_to_loss (whole training), compare A B, report. Each has --help.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        description="Check every op against float64, then time it beside its peers.",
+        epilog=OTHER_COMMANDS.format(prog=prog),
     )
-    parser.add_argument("ops", nargs="*", metavar="OP", help="which ops; all without one (--list shows them)")
-    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
-    parser.add_argument("--dtype", choices=DTYPES, nargs="+", help="only these")
-    parser.add_argument(
-        "--quick", action="store_true", help="one small case an op: shows that everything runs, not how fast"
-    )
-    parser.add_argument(
-        "--compile",
-        action="store_true",
-        help="torch.compile beside every case; else beside the main ones, on a GPU only",
-    )
-    parser.add_argument("--repeats", type=int, default=30, help="timed rounds of a case (default 30)")
-    parser.add_argument("--minutes", type=float, help="end after about so long; what is left out is named")
-    parser.add_argument("--threads", type=int, help="CPU threads")
-    parser.add_argument("--out", type=Path, metavar="DIR", help="write ops.json and a plot of each op there")
-    parser.add_argument("--commit", help="of these sources, where they are a copy without their history")
-    parser.add_argument("--json", action="store_true", help="print the result as one JSON object instead of tables")
-    parser.add_argument("--list", action="store_true", help="show what would be measured, then stop")
+    add = parser.add_argument
+    add("ops", nargs="*", metavar="OP", help="which ops; all without one (--list shows them)")
+    add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: the GPU where there is one")
+    add("--dtype", choices=DTYPES, nargs="+", help="only these")
+    add("--quick", action="store_true", help="one small case an op: shows that everything runs, not how fast")
+    add("--compile", action="store_true", help="torch.compile beside every case; else beside the main ones, on a GPU")
+    add("--repeats", type=int, default=30, metavar="N", help="timed rounds of a case (default 30)")
+    add("--minutes", type=float, metavar="M", help="end after about so long; what is left out is named")
+    add("--threads", type=int, metavar="N", help="CPU threads")
+    add("--out", type=Path, metavar="DIR", help="write ops.json and a plot of each op there")
+    add("--commit", metavar="SHA", help="of these sources, where they are a copy without their history")
+    add("--json", action="store_true", help="print the result as one JSON object instead of tables")
+    add("--list", action="store_true", help="show what would be measured, then stop")
     return parser
 
 
@@ -57,7 +59,7 @@ def _other(name: str):
 def run_ops(options: argparse.Namespace) -> int:
     if options.repeats < 2:
         raise BadUse(f"--repeats must be at least 2, got {options.repeats}")
-    if options.minutes is not None and options.minutes <= 0:
+    if options.minutes is not None and not options.minutes > 0:
         raise BadUse(f"--minutes must be above 0, got {options.minutes:g}")
     if options.threads is not None and options.threads < 1:
         raise BadUse(f"--threads must be at least 1, got {options.threads}")
