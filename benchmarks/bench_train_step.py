@@ -111,7 +111,10 @@ def measure(
     calls = {name: lambda _, c=c: step(c, samples, setting.dtype) for name, c in running.items()}
     calls[MATMUL], matmul_flops = matmul_ceiling(device, DTYPES[setting.dtype])
     stats = interleave(calls, device, repeats=repeats, warmup=1, seconds=seconds)
-    needed = {"mfu": setting.flops, "mfu_6n": parameter_flops(setting.config) * setting.tokens}
+    needed = {
+        "mfu": setting.flops,
+        "mfu_6n": parameter_flops(setting.model, setting.config.data.seq_len) * setting.tokens,
+    }
     ours = field.ours if field.ours in running else next((n for n, c in running.items() if isinstance(c, Ours)), None)
     row = {
         "op": "train_step", "case": setting.name, "dtype": setting.dtype, "p": setting.model.dropout, "direction": "step",

@@ -118,12 +118,11 @@ class Setting:
         return flops_per_token(self.config, baseline_stage(self.config)) * self.tokens
 
 
-def parameter_flops(config: TrainConfig) -> float:
+def parameter_flops(model: ModelConfig, seq_len: float) -> float:
     """FLOPs a token as Megatron-LM counts them: 6 a parameter of the layers and the head, all tokens predicted, and attention."""
-    model = config.model
     layer = 4 * model.hidden**2 + 2 * model.hidden * model.inner
     head = model.hidden**2 + model.hidden * model.vocab_size
-    return 6.0 * (model.layers * layer + head) + 12.0 * model.layers * model.hidden * config.data.seq_len
+    return 6.0 * (model.layers * layer + head) + 12.0 * model.layers * model.hidden * seq_len
 
 
 # Candidates. The learning rate is zero: the arithmetic is the same, and the weights stay those that were checked.
