@@ -9,12 +9,11 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import os
-import shutil
 import signal
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -29,6 +28,9 @@ NEEDS = ("setup.py", "python_tests", "csrc")  # of a source tree; an installed p
 RESERVE_SECONDS = 15.0  # for the summary, and for a phase that dies slowly
 LEAST_MINUTES = {"real": 3.0, "pretend": 0.5}
 TEST_WORKERS = 6  # they share one GPU; what they save is the compilation of kernels on the host
+PRETEND_STEPS = [
+    "--layers=4", "--hidden=32", "--heads=2", "--vocab=300", "--seq-len=16", "--tokens=64", "--repeats=2",
+]  # fmt: skip
 PRETEND_TESTS = "dropout and fp32 and (oracle or mask)"
 
 
@@ -87,20 +89,32 @@ def sanitizer_command(setting: Setting, seconds: float) -> list[str]:
     return _own("sanitize", *result, *pretend)
 
 
-def ops_command(setting: Setting, seconds: float) -> list[str]:
-    argv = [sys.executable, "-m", __package__.rpartition(".")[0], "--device", setting.device]
-    argv += ["--out", str(setting.scratch / "ops"), "--minutes", f"{0.9 * seconds / 60:.2f}"]
-    argv += ["--quick", "--repeats", "2"] if setting.pretend else []
+def _benchmark(setting: Setting, seconds: float, folder: str, *arguments: str) -> list[str]:
+    argv = [sys.executable, "-m", __package__.rpartition(".")[0], *arguments, "--device", setting.device]
+    argv += ["--out", str(setting.scratch / folder), "--minutes", f"{0.9 * seconds / 60:.3f}"]
     return argv + (["--commit", setting.commit] if setting.commit else [])
 
 
-def ops_found(setting: Setting) -> dict:
-    result = written(setting.scratch / "ops" / "ops.json")
-    if result is None:
-        return {}
-    shutil.copyfile(setting.scratch / "ops" / "ops.json", setting.out / "ops.json")
-    lines, failures = summary.op_lines(result)
-    return {"file": "ops.json", "lines": lines, "failures": failures}
+def ops_command(setting: Setting, seconds: float) -> list[str]:
+    return _benchmark(setting, seconds, "ops", *(["--quick", "--repeats", "2"] if setting.pretend else []))
+
+
+def steps_command(setting: Setting, seconds: float) -> list[str]:
+    return _benchmark(setting, seconds, "steps", "train_step", *(PRETEND_STEPS if setting.pretend else []))
+
+
+def _found(folder: str, name: str, lines: Callable[[dict], tuple[list[str], list[str]]]) -> Callable[[Setting], dict]:
+    """Copies the result file to the user's folder, and makes lines of it."""
+
+    def collect(setting: Setting) -> dict:
+        result = written(setting.scratch / folder / name)
+        if result is None:
+            return {}
+        results_file.write(setting.out / name, result)
+        told, failures = lines(result)
+        return {"file": name, "lines": told, "failures": failures}
+
+    return collect
 
 
 def training_command(setting: Setting, seconds: float) -> list[str]:
@@ -114,8 +128,9 @@ PHASES = (
     Phase("build", 1.5, build_command, _result("build"), stretch=2.5, fine=(0,)),
     Phase("tests", 2.0, tests_command, tests_found),
     Phase("sanitizer", 1.0, sanitizer_command, _result("sanitizer"), fine=(0,)),
-    Phase("ops", 2.0, ops_command, ops_found),
-    Phase("training", 1.5, training_command, _result("training"), fine=(0,)),
+    Phase("ops", 2.0, ops_command, _found("ops", "ops.json", summary.op_lines)),
+    Phase("steps", 1.2, steps_command, _found("steps", "train_step.json", summary.step_lines)),
+    Phase("training", 1.3, training_command, _result("training"), fine=(0,)),
 )
 
 
@@ -197,13 +212,13 @@ def everything(options: argparse.Namespace, phases: Sequence[Phase] = PHASES) ->
                     "reason": "no time was left",
                 }
                 continue
-            print(f"{phase.name}: at most {seconds:.0f} s ...", flush=True)
 
             def keep(found: dict, name: str = phase.name) -> None:
                 result["phases"][name] = found
                 results_file.write(file, result)
 
             keep({"state": RUNNING, "seconds": 0, "limit": round(seconds, 1)})
+            print(f"{phase.name}: at most {seconds:.0f} s ...", flush=True)
             keep(run(phase, setting, seconds, log, keep))
             found = result["phases"][phase.name]
             print(
@@ -227,6 +242,7 @@ def _interrupt(*_) -> None:
 def main(arguments: list[str], prog: str) -> int:
     options = parser(prog).parse_args(arguments)
     check(options)
+    signal.signal(signal.SIGTERM, _interrupt)  # so that a run which is ended from outside still sums up
     return everything(options)
 
 

@@ -9,6 +9,7 @@ from .. import table
 MOST_LINES = 58
 WIDTH = 160
 IMPLEMENTATIONS = ("native", "triton", "reference")
+TIME_WAS_UP = "the time was up"
 FAILURES = 4  # shown of a phase; all are in gpu.json
 
 
@@ -66,12 +67,39 @@ def _fair(wanted: dict[str, list[str]], room: int) -> dict[str, list[str]]:
 
 def op_lines(result: Mapping) -> tuple[list[str], list[str]]:
     """A line a row, training's own dtype first: time, share of the ceiling, and the fastest peer; then what was wrong."""
-    wrong = [f"{r['op']} {r['case']} {name}: {reason}" for r in result["rows"] for name, reason in r["wrong"].items()]
-    problems = [line for line in result["problems"] if not line.endswith("the time was up")]
-    missed = len(result["problems"]) - len(problems)
+    failures, missed = _failures(result)
     rows = sorted((r for r in result["rows"] if r["ours"]), key=lambda r: (r["dtype"] != "bf16", r["p"] == 0))
-    count = f"{len(rows)} rows" + (f", {missed} cases left out: the time was up" if missed else "")
-    return [count, *table.text([_compact(row) for row in rows]).splitlines()], wrong + problems
+    return [f"{len(rows)} rows{missed}", *table.text([_compact(row) for row in rows]).splitlines()], failures
+
+
+def step_lines(result: Mapping) -> tuple[list[str], list[str]]:
+    """A line for each candidate of each setting, then the cost of each MSLT stage."""
+    failures, missed = _failures(result)
+    lines = [
+        {
+            "setting": row["case"], "dtype": row["dtype"], "step by": name, "ms": 1e3 * row["seconds"][name]["median"],
+            "tokens/s": speed, "MFU": row["mfu"][name], "x HF eager": row["speed_up"].get(name, {}).get("median"),
+        }
+        for row in result["rows"] if row["op"] == "train_step"
+        for name, speed in row["tokens_per_second"].items()
+    ]  # fmt: skip
+    stages = [row for row in result["rows"] if row["op"] == "mslt_stage"]
+    costs = ", ".join(f"{row['of_full_step']['median']:.2f} ({row['predicted']:.2f})" for row in stages)
+    told = [f"MSLT stages, of a full step, measured (predicted): {costs}"] if stages else []
+    return [f"{len(lines)} rows{missed}", *told, *table.text(lines).splitlines()], failures
+
+
+def _failures(result: Mapping) -> tuple[list[str], str]:
+    """What of ours was wrong or broke (a peer's trouble is not ours), and how much the time did not allow."""
+    problems = [line for line in result["problems"] if not line.endswith(TIME_WAS_UP)]
+    missed = len(result["problems"]) - len(problems)
+    ours = [
+        f"{row['op']} {row['case']} {row['dtype']} {name}: {reason}"
+        for row in result["rows"]
+        for name, reason in row["wrong"].items()
+        if name in IMPLEMENTATIONS or name.startswith("ours")
+    ]
+    return ours + problems, f", {missed} cases left out: {TIME_WAS_UP}" if missed else ""
 
 
 def _compact(row: Mapping) -> dict[str, object]:
