@@ -296,6 +296,7 @@ def test_outcomes_of_a_run(tmp_path):
     (tmp_path / "test_sample.py").write_text(SAMPLE)
     (tmp_path / "test_lacking.py").write_text("import no_such_package")
     (tmp_path / "test_broken.py").write_text("x = = 1")
+    (tmp_path / "test_ours.py").write_text("import benchmarks.no_such_part")
     file = tmp_path / "outcomes.jsonl"
     argv = [sys.executable, "-m", "pytest", "-q", "-p", "benchmarks.gpu.outcomes", "--outcomes", str(file)]
     argv += ["--continue-on-collection-errors", "--rootdir", str(tmp_path), str(tmp_path)]
@@ -304,13 +305,13 @@ def test_outcomes_of_a_run(tmp_path):
         half.write('{"test": "test_x", "outc')
     found = outcomes.read(file)
     assert status == 1 and found["explained"]
-    assert found["counts"] == {"passed": 1, "failed": 3, "skipped": 1, "lacking": 1}
+    assert found["counts"] == {"passed": 1, "failed": 4, "skipped": 1, "lacking": 1}
     assert "test_sample.py::test_bad: AssertionError: arithmetic is broken assert (1 + 1) == 3" in found["failures"]
     assert any("test_tear_down: OSError: left open" in line for line in found["failures"])
     assert any("SyntaxError" in line for line in found["failures"])
     assert found["skips"] == {"no such device": 1}
     assert found["lacking"] == ["ModuleNotFoundError: No module named 'no_such_package'"]
-    assert found["lines"][:2] == ["1 passed, 3 failed, 1 skipped", "1 skipped: no such device"]
+    assert found["lines"][:2] == ["1 passed, 4 failed, 1 skipped", "1 skipped: no such device"]
 
 
 # The sanitizer's verdict.
@@ -335,6 +336,12 @@ RAN = "of 4\ndone dropout native float32\nrefused dropout native float16: no\ndo
             "Device not supported",
         ),
         (86, f"{RAN}========= Error: process didn't terminate; before first instrumented API call", "failed", "errors"),
+        (
+            86,
+            "========= Device not supported\n========= Program hit CUDA error 999\nRuntimeError",
+            "skipped",
+            "not supported",
+        ),
         (1, "Traceback\nImportError: no torch", "failed", "exit status 1: ImportError: no torch"),
         (0, "of 4\n", "failed", "exit status 0"),
     ],

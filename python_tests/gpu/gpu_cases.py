@@ -149,6 +149,43 @@ def loss(name: str, rows: int, columns: int, words: int, ignored: bool) -> Case:
     )  # fmt: skip
 
 
+def embedding(name: str, tokens: int, columns: int, rows: tuple[int, int, int], p: float) -> Case:
+    """One word in four is the same, as [MASK] is."""
+    generator = torch.Generator().manual_seed(0)
+    drawn = {n: torch.randint(0, r, (tokens,), generator=generator) for n, r in zip(INDICES, rows, strict=True)}
+    drawn["ids"][::4] = rows[0] // 2
+    return Case(
+        "embedding_layer_norm", name,
+        lambda: {n: normal(i, r, columns) for i, (n, r) in enumerate(zip(TABLES, rows, strict=True))}
+        | {"weight": normal(3, columns), "bias": normal(4, columns)},
+        lambda t, n, rng, impl: ops.embedding_layer_norm(**n, **t, dropout_p=p, rng=rng, site=SITE, impl=impl),
+        drawn, wide=("weight", "bias") if columns >= 768 else (), random=p > 0,
+    )  # fmt: skip
+
+
+INDICES, TABLES = ("ids", "positions", "token_types"), ("word", "position", "token_type")
+
+
+def adam(name: str, layers: int, columns: int, decay: int) -> Case:
+    """On copies, each row at a step of its own; what is compared are the new weights and moments together."""
+
+    def call(t, n, rng, impl):
+        with torch.no_grad():
+            weights, exp_avg, exp_avg_sq = t["weights"].clone(), t["exp_avg"].clone(), t["exp_avg_sq"].abs()
+            ops.adamw_(
+                [weights], [t["grads"]], [exp_avg], [exp_avg_sq], [n["steps"].clone()], [decay],
+                lr=0.1, weight_decay=0.5, norm=n["norm"], max_norm=1.0, impl=impl,
+            )  # fmt: skip
+            return torch.stack([weights, exp_avg, exp_avg_sq])
+
+    def make() -> dict[str, Tensor]:
+        return {name: normal(i, layers, columns) for i, name in enumerate(named)}
+
+    steps = torch.arange(layers, dtype=torch.float32) * 7
+    named = ("weights", "grads", "exp_avg", "exp_avg_sq")
+    return Case("adamw_", name, make, call, {"steps": steps, "norm": torch.tensor(3.0)}, wide=named)
+
+
 def duplication(name: str, rows: int, columns: int, layer_map: list[int], apart: int = 0) -> Case:
     """On a copy, which has `apart` more columns: rows that are not one behind the other. Its gradient is the copy's, by torch."""
 
@@ -182,6 +219,9 @@ SMALL = (
     loss("ignored", 19, 72, 150, True),
     loss("odd", 3, 33, 1001, False),
     duplication("stack", 6, 50, [0, 1, 2, 0, 1, 2]),
+    embedding("odd", 19, 72, (30, 8, 2), 0.1),
+    embedding("p=0", 70, 33, (3, 70, 1), 0.0),
+    adam("bank", 3, 1003, 900),
     duplication("interleave", 6, 1003, [0, 0, 1, 1, 2, 2], apart=5),
 )
 
@@ -202,6 +242,8 @@ LARGE = tuple(
         gelu("large", 4096, 4096, "tanh"),
         dropout("base", 8192, 768, 0.1),
         loss("base", 1229, 768, 30_528, False),
+        embedding("base", 8192, 768, (30_522, 512, 2), 0.1),
+        adam("base", 12, 1 << 16, 60_000),
         duplication("base", 12, 1 << 18, [0, 1, 2, 3, 4, 5] * 2),
     )
 )

@@ -47,6 +47,24 @@ def test_row_masks(device, op, impl, step):
             )
 
 
+@pytest.mark.parametrize(("device", "op", "impl"), targets("embedding_layer_norm"))
+def test_embedding_masks(device, op, impl):
+    """Half is dropped, so that factors are 0 and 2: with powers of two as incoming gradients, the bits of the bias' gradient are a column
+    of decisions."""
+    tokens, columns, rng = 20, 333, rng_on(device.kind)
+    index = torch.arange(tokens, device=device.kind)
+    tables = [
+        torch.randn(tokens, columns, generator=torch.Generator().manual_seed(i)).to(device.kind) for i in range(3)
+    ]
+    one, bias = torch.ones(columns, device=device.kind), torch.zeros(columns, device=device.kind, requires_grad=True)
+    y = ops.embedding_layer_norm(index, index, index, *tables, one, bias, dropout_p=0.5, rng=rng, site=SITE, impl=impl)
+    powers = 2.0 ** torch.arange(tokens, device=device.kind)[:, None].expand(tokens, columns)
+    (dbias,) = torch.autograd.grad(y, bias, powers.contiguous())
+    wanted = philox.row_bytes(rng_on("cpu"), SITE, tokens, columns) >= 128
+    assert torch.equal(y.cpu() != 0, wanted)
+    assert torch.equal((dbias.long().cpu() >> torch.arange(1, tokens + 1)[:, None]) & 1 == 1, wanted)
+
+
 @pytest.mark.parametrize(("device", "op", "impl"), targets("attention"))
 def test_attention_masks(device, op, impl):
     """With q = k = 0 each probability is 1 / S. Unit vectors as values show a row of decisions in the output; as gradients of the output, a

@@ -54,10 +54,9 @@ def taken(case: Case, device, impl: str, dtype: str) -> tuple[dict[str, Tensor],
 
 
 def assert_same_bits(actual: dict[str, Tensor], wanted: dict[str, Tensor]) -> None:
-    for name in wanted:
-        assert torch.equal(actual[name], wanted[name]), (
-            f"{name} differs in {(actual[name] != wanted[name]).sum()} elements"
-        )
+    for name, w in wanted.items():
+        if not torch.equal(actual[name], w):
+            pytest.fail(f"{name} differs in {(actual[name] != w).sum()} of {w.numel()} elements")
 
 
 def assert_near(actual: dict[str, Tensor], wanted: dict[str, Tensor], dtype: torch.dtype, epsilons: float) -> None:

@@ -47,6 +47,23 @@ def bad_calls(op: str, t: dict, n: dict, rng, impl: str) -> dict[str, Callable[[
             "negative": lambda: ops.duplicate_layers_(bank, [-1], impl=impl),
             "rows not dense": lambda: ops.duplicate_layers_(bank.T, [0, 0], impl=impl),
         }
+    if op == "embedding_layer_norm":
+        return {
+            "int32 ids": lambda: ops.embedding_layer_norm(**(n | {"ids": n["ids"].int()}), **t, impl=impl),
+            "width": lambda: ops.embedding_layer_norm(**n, **(t | {"position": t["position"][:, 1:]}), impl=impl),
+            "lengths": lambda: ops.embedding_layer_norm(**(n | {"positions": n["positions"][1:]}), **t, impl=impl),
+            "rng elsewhere": lambda: ops.embedding_layer_norm(**n, **t, dropout_p=0.1, rng=elsewhere, impl=impl),
+        }
+    if op == "adamw_":
+        w = [x.detach() for x in t.values()]
+        return {
+            "shape": lambda: ops.adamw_([w[0]], [w[1][1:]], [w[2]], [w[3]], [n["steps"]], [0], lr=0.1, impl=impl),
+            "decay": lambda: ops.adamw_([w[0]], [w[1]], [w[2]], [w[3]], [n["steps"]], [-1], lr=0.1, impl=impl),
+            "rate": lambda: ops.adamw_([w[0]], [w[1]], [w[2]], [w[3]], [n["steps"]], [0], lr=-0.1, impl=impl),
+            "count": lambda: ops.adamw_([w[0]], [], [w[2]], [w[3]], [n["steps"]], [0], lr=0.1, impl=impl),
+        }
+    if "x" not in t:
+        return {}  # an op that has no case here
     x = t["x"]
     if op == "dropout":
         return {
@@ -108,3 +125,23 @@ def test_an_unknown_implementation_is_named(device, op, impl):
     tensors, whole = inputs(case, device.kind, torch.float32), integers(case, device.kind)
     with pytest.raises(ValueError, match=rf"usable: .*{impl}"):
         case.call(tensors, whole, rng_on(device.kind), "fastest")
+
+
+@pytest.mark.parametrize(("device", "op", "impl"), targets("embedding_layer_norm"))
+def test_an_index_out_of_range(device, op, impl):
+    """An error on the CPU. On a GPU, where looking would wait for the device, a row of NaN and a device that is alive."""
+    case = cases(op, device.kind)[0]
+    tensors, whole, rng = inputs(case, device.kind, torch.float32), integers(case, device.kind), rng_on(device.kind)
+    good = case.call(tensors, whole, rng, impl)
+    for wrong in (-1, 1 << 40):
+        ids = whole["ids"].clone()
+        ids[3] = wrong
+        if device.kind == "cpu":
+            with pytest.raises(ValueError, match="ids must be in"):
+                case.call(tensors, whole | {"ids": ids}, rng, impl)
+            continue
+        y = case.call(tensors, whole | {"ids": ids}, rng, impl)
+        gradients = torch.autograd.grad(y, [tensors["word"], tensors["position"]], torch.ones_like(y))
+        device.synchronize()
+        assert y[3].isnan().any() and torch.equal(y[4:], good[4:]) and torch.equal(y[:3], good[:3])
+        assert gradients[0].isfinite().all()
