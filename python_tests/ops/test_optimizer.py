@@ -9,10 +9,11 @@ import torch
 from torch import Tensor
 
 from stackbert_kernels import ops
+from stackbert_kernels.ops import _triton
 from stackbert_kernels.ops._library import _C
 from stackbert_kernels.ops.optimizer.op import _adamw_
 
-IMPLS = ("reference", "native")
+IMPLS = ("reference", "native", "triton")
 ISAS = ["generic", "avx2", "avx512"]
 HYPER = {"lr": 1e-2, "beta1": 0.9, "beta2": 0.98, "eps": 1e-6, "weight_decay": 0.1}
 U = 2.0**-24  # one rounding to float32
@@ -66,7 +67,7 @@ def stepped(r: Regions, impl: str, **changes) -> Regions:
 def bounds(r: Regions, factor: float = 1.0) -> list[tuple[Tensor, Tensor, Tensor]]:
     """Most that float32 may be off for each weight and its moments, in units of one rounding: products of rounded constants and their
     sums. With M = beta1 |m| + (1 - beta1) |g|, s the step size and D the denominator: 5 for g (4 in the factor); 8 M for m; 14 v for v;
-    11 D for the denominator (a root halves); 23 s M / D for the change of the weight, and 3 for the weight."""
+    11 D for the denominator (a root halves); 24 s M / D for the change of the weight, and 3 for the weight."""
     b1, b2 = HYPER["beta1"], HYPER["beta2"]
     out = []
     for w, g, m, v, t in zip(*r.clone(torch.float64).lists()[:4], r.steps, strict=True):
@@ -74,7 +75,7 @@ def bounds(r: Regions, factor: float = 1.0) -> list[tuple[Tensor, Tensor, Tensor
         t = (t.double() + 1).reshape(t.shape + (1,) * (w.dim() - t.dim()))
         M, V = b1 * m.abs() + (1 - b1) * g.abs(), b2 * v + (1 - b2) * g * g
         change = HYPER["lr"] / (1 - b1**t) * M / ((V / (1 - b2**t)).sqrt() + HYPER["eps"])
-        out.append(tuple(1.01 * U * bound for bound in (3 * w.abs() + 23 * change, 8 * M, 14 * V)))
+        out.append(tuple(1.01 * U * bound for bound in (3 * w.abs() + 24 * change, 8 * M, 14 * V)))
     return out
 
 
@@ -173,6 +174,14 @@ def test_many_steps_stay_close_to_float64(impl):
 
 
 @pytest.mark.parametrize("impl", IMPLS)
+def test_many_rows(impl):
+    """Far apart in their step counts: each has its own correction."""
+    r = Regions(*([torch.randn(70, 3)] for _ in range(4)), [torch.arange(70.0) ** 2], [2])
+    r.exp_avg_sq[0].abs_()
+    assert_within(stepped(r, impl), stepped(r.clone(torch.float64), "reference"), bounds(r))
+
+
+@pytest.mark.parametrize("impl", IMPLS)
 def test_clipping_and_scale_are_torchs(impl):
     r = regions()
     norm = torch.cat([g.flatten() for g in r.grads]).norm()
@@ -194,7 +203,10 @@ def test_copies_are_the_rounded_weights(impl):
     r = regions()
     copies = [torch.full_like(w, torch.nan, dtype=torch.bfloat16) for w in r.weights]
     after = stepped(r, impl, copies=copies)
-    assert all(torch.equal(c, w.bfloat16()) for c, w in zip(copies, after.weights, strict=True))
+    for copy, w in zip(copies, after.weights, strict=True):
+        if impl == "triton" and _triton.INTERPRETED:  # which cuts bits off instead of rounding
+            w = (w.view(torch.int32) & ~0xFFFF).view(torch.float32)
+        assert torch.equal(copy, w.bfloat16())
     assert same(after, stepped(r, impl))
 
 
@@ -390,3 +402,54 @@ def test_bad_input(r, options, error, message):
     with pytest.raises(error, match=message):
         ops.adamw_(*r.lists(), **(HYPER | options))
     assert all(torch.equal(t, old) for t, old in zip(r.tensors(), before, strict=True))
+
+
+# --- on a GPU ---
+
+gpu = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no CUDA device")]
+
+
+def on_gpu(r: Regions) -> Regions:
+    return Regions(*([t.cuda() for t in tensors] for tensors in r.lists()[:-1]), r.decay)
+
+
+def on_cpu(r: Regions) -> Regions:
+    return Regions(*([t.cpu() for t in tensors] for tensors in r.lists()[:-1]), r.decay)
+
+
+@pytest.mark.parametrize("impl", [pytest.param(i, marks=gpu) for i in ops.available()["adamw_"]["cuda"]])
+def test_cuda(impl):
+    """As on the CPU, with whole blocks and their ends, copies and a skipped step; the same bits each time."""
+    r = Regions(*([torch.randn(3, 10_000), torch.randn(30_522)] for _ in range(4)), [torch.tensor([0.0, 4, 99]), torch.tensor(0.0)], [7_000, 0])  # fmt: skip
+    for v in r.exp_avg_sq:
+        v.abs_()
+    there = on_gpu(r)
+    copies = [torch.zeros_like(w, dtype=torch.bfloat16) for w in there.weights]
+    norm, skipped = torch.tensor(2.0, device="cuda"), torch.zeros(2, device="cuda")
+    options = {"norm": norm, "max_norm": 3.0, "skipped": skipped}
+    after = stepped(there, impl, copies=copies, **options)
+    assert_within(on_cpu(after), stepped(r.clone(torch.float64), "reference"), bounds(r))
+    assert all(torch.equal(c, w.bfloat16()) for c, w in zip(copies, after.weights, strict=True))
+    for _ in range(10):
+        assert same(on_cpu(stepped(there, impl, **options)), on_cpu(after))
+    norm.fill_(torch.inf)
+    assert same(on_cpu(stepped(there, impl, **options)), r)
+    assert skipped.tolist() == [1, 1]
+
+
+@pytest.mark.parametrize("impl", [pytest.param(i, marks=gpu) for i in ops.available()["adamw_"]["cuda"]])
+def test_in_a_cuda_graph(impl):
+    r, start = on_gpu(regions()), on_gpu(regions())
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.stream(side):
+        ops.adamw_(*r.lists(), impl=impl, **HYPER)
+        with torch.cuda.graph(graph, stream=side):
+            ops.adamw_(*r.lists(), impl=impl, **HYPER)
+    torch.cuda.current_stream().wait_stream(side)
+    for tensor, value in zip(r.tensors(), start.tensors(), strict=True):
+        tensor.copy_(value)
+    exact = stepped(start, impl)
+    graph.replay()
+    assert same(on_cpu(r), on_cpu(exact))

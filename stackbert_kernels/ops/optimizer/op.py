@@ -11,9 +11,11 @@ from torch import Tensor
 from stackbert_kernels.ops import _library as library
 from stackbert_kernels.ops.optimizer import native, reference
 
+triton = library.lazy("stackbert_kernels.ops.optimizer.triton_kernel", "adamw_")
+
 TABLE = {
-    "cpu": {"reference": reference.adamw_, "native": native.adamw_},
-    "cuda": {"reference": reference.adamw_},
+    "cpu": {"reference": reference.adamw_, "native": native.adamw_, "triton": triton},
+    "cuda": {"reference": reference.adamw_, "triton": triton},
 }
 
 

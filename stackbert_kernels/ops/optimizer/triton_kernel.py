@@ -1,0 +1,281 @@
+"""AdamW in Triton: one launch over all rows of all tensors, behind a tiny one that decides whether the step is taken.
+
+A table on the device has a line for each row (of a bank; a tensor that counts its steps as one is one row): its addresses, how many
+elements it has and how many of them decay. A second table says which line each program works on. Both are made when addresses or sizes
+change, which within a stage they seldom do, and kept. 28 bytes move for an element (30 with a copy), 16 in an access of a thread.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from stackbert_kernels.ops import _triton
+
+# A line of the table: int64 each.
+WEIGHTS, GRADS, EXP_AVG, EXP_AVG_SQ, COPIES, STEP = range(6)  # addresses
+SIZE, DECAY = 6, 7  # elements
+FIRST, WIDE = (
+    8,
+    9,
+)  # the row's first program; how many of its programs have whole blocks at addresses for 16-byte accesses
+FIELDS = 10
+TABLES_KEPT = 64
+
+_W, _G, _M, _V, _C, _T = (tl.constexpr(field) for field in (WEIGHTS, GRADS, EXP_AVG, EXP_AVG_SQ, COPIES, STEP))
+_SIZE, _DECAY, _FIRST, _WIDE, _FIELDS = (tl.constexpr(field) for field in (SIZE, DECAY, FIRST, WIDE, FIELDS))
+
+
+@triton.jit
+def _power(base, n):
+    """base^n by squaring in float64, as the C++ kernel has it; n [N] int64 below 2^25, the integers that float32 counts."""
+    result = tl.full(n.shape, 1.0, tl.float64)
+    for _ in tl.static_range(25):
+        result = tl.where(n % 2 == 1, result * base, result)
+        base *= base
+        n = n // 2
+    return result
+
+
+@triton.jit(do_not_specialize=["rows", "lr", "max_norm"])
+def prepare_kernel(
+    table_ptr,  # [rows, FIELDS]
+    norm_ptr,  # scalars, or None: 0, 1, 0
+    scale_ptr,
+    found_inf_ptr,
+    skipped_ptr,  # [2] or None
+    factors_ptr,  # [2 + 2 rows]: the gradients' factor, whether the step is skipped; of each row: step size, 1 / sqrt(1 - beta2^t)
+    rows,
+    lr,
+    max_norm,
+    BETA1: tl.constexpr,  # constants, because float32 is not enough for 1 - beta^t
+    BETA2: tl.constexpr,
+    ROWS: tl.constexpr,
+):
+    scale, norm, found_inf = 1.0, 0.0, 0.0
+    if scale_ptr is not None:
+        scale = tl.load(scale_ptr)
+    if norm_ptr is not None:
+        norm = tl.load(norm_ptr)
+    if found_inf_ptr is not None:
+        found_inf = tl.load(found_inf_ptr)
+    norm = tl.cast(norm * scale, tl.float32)
+    taken = (tl.abs(norm) < float("inf")) & (found_inf == 0.0)  # false for NaN
+    clip = tl.where(max_norm > 0.0, tl.div_rn(tl.cast(max_norm, tl.float32), norm + 1e-6), 1.0)
+
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    inside = row < rows
+    step_ptr = tl.load(table_ptr + row * _FIELDS + _T, mask=inside, other=0).to(tl.pointer_type(tl.float32))
+    step = tl.load(step_ptr, mask=inside, other=0.0) + tl.where(taken, 1.0, 0.0)
+    tl.store(step_ptr, step, mask=inside)
+    n = tl.maximum(step, 1.0).to(tl.int64)
+    base1, base2 = tl.full((ROWS,), BETA1, tl.float64), tl.full((ROWS,), BETA2, tl.float64)
+    step_size = tl.cast(lr, tl.float64) / (1.0 - _power(base1, n))
+    root = 1.0 / tl.sqrt(1.0 - _power(base2, n))
+    tl.store(factors_ptr + 2 + 2 * row, step_size.to(tl.float32), mask=inside)
+    tl.store(factors_ptr + 3 + 2 * row, root.to(tl.float32), mask=inside)
+
+    if tl.program_id(0) == 0:
+        tl.store(factors_ptr, scale * tl.minimum(clip, 1.0))
+        tl.store(factors_ptr + 1, tl.where(taken, 0.0, 1.0))
+        if skipped_ptr is not None:
+            tl.store(skipped_ptr, tl.load(skipped_ptr) + tl.where(taken, 0.0, 1.0))
+            tl.store(skipped_ptr + 1, tl.where(taken, 0.0, tl.load(skipped_ptr + 1) + 1.0))
+
+
+@triton.jit
+def _at(address, i, WIDE: tl.constexpr, dtype: tl.constexpr = tl.float32):
+    """Pointers to elements i of the array at `address`. WIDE: those of four elements are aligned, which Triton cannot know of a number in
+    a table. (Not more than four: else a copy in bfloat16 would change threads to be stored 16 bytes at a time.)"""
+    pointers = address.to(tl.pointer_type(dtype)) + i
+    return tl.multiple_of(pointers, dtype.primitive_bitwidth // 2) if WIDE else pointers
+
+
+@triton.jit
+def _update(
+    line,
+    factors_ptr,
+    row,
+    first,
+    decayed,
+    beta1,
+    rest1,
+    beta2,
+    rest2,
+    eps,
+    ELEMENTS: tl.constexpr,
+    COPIES: tl.constexpr,
+    WIDE: tl.constexpr,
+):
+    """Elements first .. first + ELEMENTS - 1 of a row. WIDE: all are there, for 16-byte accesses."""
+    i = first + tl.arange(0, ELEMENTS)
+    inside = None if WIDE else i < tl.load(line + _SIZE)
+    w_ptr, g_ptr = _at(tl.load(line + _W), i, WIDE), _at(tl.load(line + _G), i, WIDE)
+    m_ptr, v_ptr = _at(tl.load(line + _M), i, WIDE), _at(tl.load(line + _V), i, WIDE)
+    factor, step_size, root = (
+        tl.load(factors_ptr),
+        tl.load(factors_ptr + 2 + 2 * row),
+        tl.load(factors_ptr + 3 + 2 * row),
+    )
+    kept = tl.where(i < tl.load(line + _DECAY), decayed, 1.0)
+
+    g = tl.load(g_ptr, mask=inside) * factor
+    m = tl.load(m_ptr, mask=inside) * beta1 + g * rest1
+    v = tl.load(v_ptr, mask=inside) * beta2 + g * g * rest2
+    w = tl.load(w_ptr, mask=inside) * kept - tl.div_rn(m * step_size, tl.sqrt_rn(v) * root + eps)
+    tl.store(m_ptr, m, mask=inside)
+    tl.store(v_ptr, v, mask=inside)
+    tl.store(w_ptr, w, mask=inside)
+    if COPIES:
+        tl.store(_at(tl.load(line + _C), i, WIDE, tl.bfloat16), w.to(tl.bfloat16), mask=inside)
+
+
+@triton.jit(do_not_specialize=["decayed", "beta1", "rest1", "beta2", "rest2", "eps"])
+def adamw_kernel(
+    table_ptr,  # [rows, FIELDS]
+    lines_ptr,  # [programs]: the row that each works on
+    factors_ptr,  # [2 + 2 rows]
+    decayed,
+    beta1,
+    rest1,
+    beta2,
+    rest2,
+    eps,
+    COPIES: tl.constexpr,
+    ELEMENTS: tl.constexpr,
+    PART: tl.constexpr,  # an element for each thread
+):
+    row = tl.load(lines_ptr + tl.program_id(0)).to(tl.int64)
+    if tl.load(factors_ptr + 1) != 0.0:
+        return
+    line = table_ptr + row * _FIELDS
+    block = tl.program_id(0) - tl.load(line + _FIRST)
+    first = block * ELEMENTS
+    if block < tl.load(line + _WIDE):
+        _update(line, factors_ptr, row, first, decayed, beta1, rest1, beta2, rest2, eps, ELEMENTS, COPIES, True)
+    else:  # the end of a tensor: little at a time takes no registers from the others
+        for part in tl.range(0, ELEMENTS, PART):
+            _update(line, factors_ptr, row, first + part, decayed, beta1, rest1, beta2, rest2, eps, PART, COPIES, False)
+
+
+@dataclass(frozen=True)
+class Configuration:
+    elements: int  # of a program
+    num_warps: int
+
+
+CANDIDATES = (Configuration(1024, 4), Configuration(2048, 4), Configuration(2048, 8), Configuration(4096, 8))
+CONFIGURATIONS = {80: CANDIDATES[0], 90: CANDIDATES[0], 100: CANDIDATES[0]}
+
+Entry = tuple[int, ...]  # the addresses of a tensor's line, of its first row; rows, size, decay
+
+
+def _blocks(size: int, elements: int) -> int:
+    return -(-size // elements)
+
+
+@lru_cache(maxsize=TABLES_KEPT)
+def _lines(sizes: tuple[tuple[int, int], ...], elements: int, device: torch.device, stream: int) -> Tensor:
+    """(rows, size) of each tensor -> [programs] int32, on the device."""
+    rows = [size for rows, size in sizes for _ in range(rows)]
+    programs = torch.tensor([_blocks(size, elements) for size in rows], dtype=torch.int64)
+    return _sent(torch.arange(len(rows), dtype=torch.int32).repeat_interleave(programs), device)
+
+
+@lru_cache(maxsize=TABLES_KEPT)
+def _table(entries: tuple[Entry, ...], elements: int, device: torch.device, stream: int) -> Tensor:
+    """[rows, FIELDS] int64, on the device."""
+    lines, first = [], 0
+    for *addresses, copies, step, rows, size, decay in entries:
+        for row in range(rows):
+            at = [a + 4 * row * size for a in addresses] + [copies + 2 * row * size if copies else 0]
+            blocks, wide = _blocks(size, elements), size // elements if all(a % 16 == 0 for a in at) else 0
+            lines.append([*at, step + 4 * row, size, decay, first, wide])
+            first += blocks
+    return _sent(torch.tensor(lines, dtype=torch.int64).view(-1, FIELDS), device)
+
+
+def _sent(tensor: Tensor, device: torch.device) -> Tensor:
+    """A copy on the device, for work on its current stream; the host does not wait."""
+    if device.type != "cuda":
+        return tensor
+    if torch.cuda.is_current_stream_capturing():
+        raise RuntimeError(
+            "adamw_: a CUDA graph can capture it only after a call with the same tensors on the same stream, which makes its table"
+        )
+    return tensor.pin_memory().to(device, non_blocking=True)
+
+
+def adamw_(
+    weights: list[Tensor],
+    grads: list[Tensor],
+    exp_avg: list[Tensor],
+    exp_avg_sq: list[Tensor],
+    steps: list[Tensor],
+    copies: list[Tensor],
+    skipped: Tensor | None,
+    decay: list[int],
+    scalars: list[Tensor | None],
+    numbers: list[float],
+) -> None:
+    lr, beta1, beta2, eps, weight_decay, max_norm = numbers
+    device = weights[0].device
+    chosen = _triton.configuration(CONFIGURATIONS, device)
+    grads = [g.contiguous() for g in grads]
+    norm, scale, found_inf = (None if s is None else s.float() for s in scalars)
+    tensors = zip(weights, grads, exp_avg, exp_avg_sq, copies or [None] * len(weights), steps, decay, strict=True)
+    entries = tuple(
+        (
+            w.data_ptr(), g.data_ptr(), m.data_ptr(), v.data_ptr(), 0 if c is None else c.data_ptr(), t.data_ptr(),
+            t.numel(), w.numel() // max(1, t.numel()), d,
+        )
+        for w, g, m, v, c, t, d in tensors
+    )  # fmt: skip
+    with _triton.on(device):
+        stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
+        table = _table(entries, chosen.elements, device, stream)
+        lines = _lines(tuple(entry[6:8] for entry in entries), chosen.elements, device, stream)
+        rows = len(table)
+        factors = torch.empty(2 + 2 * rows, device=device)
+        prepare_kernel[(max(1, triton.cdiv(rows, 64)),)](
+            table, norm, scale, found_inf, skipped, factors, rows, lr, max_norm, BETA1=beta1, BETA2=beta2, ROWS=64, num_warps=2
+        )  # fmt: skip
+        if len(lines):
+            adamw_kernel[(len(lines),)](
+                table, lines, factors, 1 - lr * weight_decay, beta1, 1 - beta1, beta2, 1 - beta2, eps,
+                COPIES=bool(copies), ELEMENTS=chosen.elements, PART=32 * chosen.num_warps, num_warps=chosen.num_warps,
+            )  # fmt: skip
+
+
+def compilations(arch: int) -> list[_triton.Compilation]:
+    chosen = CONFIGURATIONS[arch]
+    table = {"table_ptr": "*i64:16", "factors_ptr": "*fp32:16"}
+    numbers = dict.fromkeys(("decayed", "beta1", "rest1", "beta2", "rest2", "eps"), "fp32")
+    scalars = dict.fromkeys(("norm_ptr", "found_inf_ptr", "skipped_ptr"), "*fp32:16")
+    return [
+        *(
+            _triton.Compilation(
+                f"adamw{', bf16 copies' if copies else ''}",
+                adamw_kernel,
+                table | {"lines_ptr": "*i32:16"} | numbers,
+                {"COPIES": copies, "ELEMENTS": chosen.elements, "PART": 32 * chosen.num_warps},
+                num_warps=chosen.num_warps,
+                max_registers=80,
+                max_narrow=36,  # of the table and the factors; of the ends of tensors
+            )
+            for copies in (False, True)
+        ),
+        _triton.Compilation(
+            "adamw prepare",
+            prepare_kernel,
+            table | scalars | {"rows": "i32", "lr": "fp32", "max_norm": "fp32"},
+            {"scale_ptr": None, "BETA1": 0.9, "BETA2": 0.999, "ROWS": 64},
+            num_warps=2,
+            max_narrow=64,
+        ),
+    ]
