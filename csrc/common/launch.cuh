@@ -1,0 +1,57 @@
+// Launches: a kernel takes one struct by value, `(const __grid_constant__ Arguments a)`. On the host, for csrc/simt,
+// the same call runs the kernel's threads as fibers.
+#pragma once
+
+#include <cstdint>
+
+#include "common/ptx.cuh"
+
+#ifdef STACKBERT_SIMT
+
+namespace stackbert {
+namespace cuda {
+
+class OnDevice {
+ public:
+  OnDevice(const char*, int) {}
+};
+inline int multiprocessors(const char*, int) { return 3; }  // an odd few, so that persistent blocks take several turns
+
+template <typename Arguments>
+void launch(const char* op, void (*kernel)(const Arguments), int64_t blocks, int threads, int shared_bytes, void*,
+            const Arguments& arguments) {
+  simt::launch(op, {static_cast<unsigned>(blocks), 1, 1}, threads, shared_bytes, [&] { kernel(arguments); });
+}
+
+}  // namespace cuda
+}  // namespace stackbert
+
+#else
+
+#include "common/check.cuh"
+
+namespace stackbert {
+namespace cuda {
+
+inline int multiprocessors(const char* op, int device) {
+  int count = 0;
+  check(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device), op, "cudaDeviceGetAttribute");
+  return count;
+}
+
+constexpr int kSharedByDefault = 48 << 10;  // more has to be asked for
+
+template <typename Arguments>
+void launch(const char* op, void (*kernel)(const Arguments), int64_t blocks, int threads, int shared_bytes,
+            void* stream, const Arguments& arguments) {
+  if (shared_bytes > kSharedByDefault)
+    check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes), op,
+          "cudaFuncSetAttribute");
+  kernel<<<static_cast<unsigned>(blocks), threads, shared_bytes, static_cast<cudaStream_t>(stream)> > >(arguments);
+  check_launch(op);
+}
+
+}  // namespace cuda
+}  // namespace stackbert
+
+#endif
