@@ -47,7 +47,9 @@ void launch(const char* op, void (*kernel)(const Arguments), int64_t blocks, int
   if (shared_bytes > kSharedByDefault)
     check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes), op,
           "cudaFuncSetAttribute");
-  kernel<<<static_cast<unsigned>(blocks), threads, shared_bytes, static_cast<cudaStream_t>(stream)> > >(arguments);
+  const unsigned grid = static_cast<unsigned>(blocks);
+  const cudaStream_t on = static_cast<cudaStream_t>(stream);
+  kernel<<<grid, threads, shared_bytes, on>>>(arguments);
   check_launch(op);
 }
 

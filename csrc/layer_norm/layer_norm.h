@@ -85,6 +85,14 @@ static inline int64_t row_workspace(int64_t rows, int64_t columns, int64_t extra
   return row_chunks(rows).count * chunk_workspace(columns, extra);
 }
 
+// On a GPU: up to kMaxCudaColumns columns, float16 too, `threads` unused, forward without a workspace.
+namespace cuda {
+constexpr int64_t kMaxCudaColumns = 8192;
+int64_t layer_norm_bwd_workspace(int64_t rows, int64_t columns, int device);  // floats
+void layer_norm_fwd(const LayerNormFwd& a, int device, void* stream);
+void layer_norm_bwd(const LayerNormBwd& a, int device, void* stream);
+}  // namespace cuda
+
 STACKBERT_CPU_KERNEL(layer_norm_fwd, LayerNormFwd)
 STACKBERT_CPU_KERNEL(layer_norm_bwd, LayerNormBwd)
 STACKBERT_CPU_KERNEL(dropout_add_fwd, DropoutAddFwd)
