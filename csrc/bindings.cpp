@@ -1,10 +1,10 @@
 // Python's door to the kernels: raw addresses and integers in, exceptions out. Shapes, dtypes and strides were checked
 // by the op (stackbert_kernels/ops/<op>/op.py); what is checked here is what would otherwise be undefined behaviour.
-#include <pybind11/pybind11.h>
+#include "bindings.h"
+
 #include <pybind11/stl.h>
 
 #include <array>
-#include <stdexcept>
 #include <string>
 #include <vector>
 
@@ -25,47 +25,6 @@ namespace py = pybind11;
 using namespace stackbert;
 
 namespace {
-
-using Address = uintptr_t;
-
-template <typename T = void>
-T* pointer(Address address) {
-  return reinterpret_cast<T*>(address);
-}
-
-void check_sizes(const char* op, std::initializer_list<int64_t> sizes) {
-  for (const int64_t size : sizes)
-    if (size < 0) throw std::invalid_argument(std::string(op) + ": a size must be >= 0, got " + std::to_string(size));
-}
-
-void check_addresses(const char* op, std::initializer_list<Address> addresses) {
-  for (const Address address : addresses)
-    if (address == 0) throw std::invalid_argument(std::string(op) + ": got a null address");
-}
-
-DType cpu_dtype(const char* op, int dtype) {
-  if (dtype != static_cast<int>(DType::kFloat32) && dtype != static_cast<int>(DType::kBFloat16))
-    throw std::invalid_argument(std::string(op) + ": dtype must be 0 (float32) or 1 (bfloat16), got " +
-                                std::to_string(dtype));
-  return static_cast<DType>(dtype);
-}
-
-void check_threshold(const char* op, int threshold) {
-  if (threshold < 0 || threshold > 255)
-    throw std::invalid_argument(std::string(op) + ": threshold must be in 0..255, got " + std::to_string(threshold));
-}
-
-DuplicateLayers duplicate_layers_arguments(Address bank, int64_t row_bytes, int64_t row_stride,
-                                           const std::vector<int64_t>& map, int threads) {
-  check_sizes("duplicate_layers_", {row_bytes, row_stride});
-  check_addresses("duplicate_layers_", {bank});
-  const int64_t n = static_cast<int64_t>(map.size());
-  for (int64_t i = 0; i < n; ++i)
-    if (map[i] < 0 || map[i] > i)
-      throw std::invalid_argument("duplicate_layers_: map[" + std::to_string(i) + "] must be in 0.." +
-                                  std::to_string(i) + ", got " + std::to_string(map[i]));
-  return {pointer(bank), row_bytes, row_stride, map.data(), n, threads};
-}
 
 bool cuda_available() {
 #ifdef STACKBERT_WITH_CUDA
@@ -148,18 +107,6 @@ bool attention_arguments(Attention& a, const Rows& q, const Rows& k, const Rows&
       py::arg("packed"), py::arg("tokens"), py::arg("sequences"), py::arg("max_seqlen"), py::arg("heads"),            \
       py::arg("head_dim"), py::arg("dtype"), py::arg("scale"), py::arg("rng"), py::arg("site"), py::arg("threshold"), \
       py::arg("scratch"), py::arg("threads"), py::arg("isa") = "best", py::call_guard<py::gil_scoped_release>()
-
-SumInputs sum_inputs(const char* op, Address x, Address residual, Address x_bias, int64_t rows, int64_t columns,
-                     int dtype, Address rng, uint32_t site, int threshold) {
-  check_sizes(op, {rows, columns});
-  check_threshold(op, threshold);
-  if (threshold > 0) check_addresses(op, {rng});
-  if (rows > 0 && residual == 0 && (x_bias != 0 || threshold > 0))
-    throw std::invalid_argument(std::string(op) + ": without a residual there is neither x_bias nor dropout");
-  return {pointer(x), pointer(residual),    pointer<const float>(x_bias), rows,
-          columns,    cpu_dtype(op, dtype), pointer<const int64_t>(rng),  site,
-          threshold};
-}
 
 using Triple = std::array<Address, kTables>;
 
@@ -269,16 +216,7 @@ PYBIND11_MODULE(_C, m) {
       },
       py::arg("bank"), py::arg("row_bytes"), py::arg("row_stride"), py::arg("map"), py::arg("threads"));
 #ifdef STACKBERT_WITH_CUDA
-  m.def(
-      "duplicate_layers_cuda",
-      [](Address bank, int64_t row_bytes, int64_t row_stride, const std::vector<int64_t>& map, int device,
-         Address stream) {
-        const DuplicateLayers arguments = duplicate_layers_arguments(bank, row_bytes, row_stride, map, 1);
-        const py::gil_scoped_release unlocked;
-        cuda::duplicate_layers(arguments, device, pointer(stream));
-      },
-      py::arg("bank"), py::arg("row_bytes"), py::arg("row_stride"), py::arg("map"), py::arg("device"),
-      py::arg("stream"));
+  bind_cuda(m);
 #endif
 
   m.def("attention_scratch", &attention_scratch, "Floats of scratch each thread needs.", py::arg("max_seqlen"),
@@ -317,8 +255,8 @@ PYBIND11_MODULE(_C, m) {
       [](Address x, Address residual, Address x_bias, Address weight, Address bias, Address y, Address mean,
          Address rstd, Address workspace, int64_t rows, int64_t columns, int dtype, Address rng, uint32_t site,
          int threshold, float eps, int threads, const std::string& isa) {
-        const SumInputs sum =
-            sum_inputs("layer_norm_fwd", x, residual, x_bias, rows, columns, dtype, rng, site, threshold);
+        const SumInputs sum = sum_inputs("layer_norm_fwd", x, residual, x_bias, rows, columns,
+                                         cpu_dtype("layer_norm_fwd", dtype), rng, site, threshold);
         if (rows == 0 || columns == 0) return;
         check_addresses("layer_norm_fwd", {x, weight, bias, y, workspace});
         if ((mean == 0) != (rstd == 0)) throw std::invalid_argument("layer_norm_fwd: mean and rstd go together");
@@ -336,8 +274,8 @@ PYBIND11_MODULE(_C, m) {
          Address dx, Address dresidual, Address dweight, Address dbias, Address dx_bias, Address workspace,
          int64_t rows, int64_t columns, int dtype, Address rng, uint32_t site, int threshold, int threads,
          const std::string& isa) {
-        const SumInputs sum =
-            sum_inputs("layer_norm_bwd", x, residual, x_bias, rows, columns, dtype, rng, site, threshold);
+        const SumInputs sum = sum_inputs("layer_norm_bwd", x, residual, x_bias, rows, columns,
+                                         cpu_dtype("layer_norm_bwd", dtype), rng, site, threshold);
         if (columns == 0) return;
         check_addresses("layer_norm_bwd", {dweight, dbias});
         if (rows > 0) check_addresses("layer_norm_bwd", {dy, x, weight, mean, rstd, dresidual, workspace});
@@ -356,8 +294,8 @@ PYBIND11_MODULE(_C, m) {
       "dropout_add_fwd",
       [](Address x, Address residual, Address x_bias, Address y, Address workspace, int64_t rows, int64_t columns,
          int dtype, Address rng, uint32_t site, int threshold, int threads, const std::string& isa) {
-        const SumInputs sum =
-            sum_inputs("dropout_add_fwd", x, residual, x_bias, rows, columns, dtype, rng, site, threshold);
+        const SumInputs sum = sum_inputs("dropout_add_fwd", x, residual, x_bias, rows, columns,
+                                         cpu_dtype("dropout_add_fwd", dtype), rng, site, threshold);
         if (rows == 0 || columns == 0) return;
         check_addresses("dropout_add_fwd", {x, residual, y, workspace});
         dropout_add_fwd({sum, pointer(y), pointer<float>(workspace), threads}, isa_named(isa));

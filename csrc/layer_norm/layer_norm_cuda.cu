@@ -37,10 +37,11 @@ class Loaded {
  public:
   STACKBERT_DEVICE Loaded(const void* tensor, int64_t row, int64_t columns)
       : row_(static_cast<const typename R::T*>(tensor) + row * columns) {
-    if (!R::kEarly || !tensor) return;
+    if constexpr (R::kEarly) {
 #pragma unroll
-    for (int v = 0; v < R::kVectors; ++v)
-      if (R::column(v) < columns) raw_[v] = R::Vector::load(row_ + R::column(v));
+      for (int v = 0; v < R::kVectors; ++v)
+        if (tensor && R::column(v) < columns) raw_[v] = R::Vector::load(row_ + R::column(v));
+    }
   }
   STACKBERT_DEVICE void to_floats(int vector, float* out) const {
     if constexpr (R::kEarly)
