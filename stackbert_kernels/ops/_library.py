@@ -29,7 +29,7 @@ else:
 
 PREFERENCE = ("native", "triton", "reference")
 KEYS = {"cpu": "CPU", "cuda": "CUDA"}
-NATIVE_DTYPES = {torch.float32: 0, torch.bfloat16: 1}  # csrc/common/dtype.h
+NATIVE_DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # csrc/common/dtype.h
 
 HUGE_PAGES_FROM = 4 << 20  # bytes: two 2 MB pages
 
@@ -161,9 +161,11 @@ def _by_name(op: str, implementations: dict[str, Callable]) -> Callable:
 
 
 def only_dtypes(impl: str, tensor: Tensor) -> str | None:
-    """The why_not of an op whose native kernels take float32 and bfloat16."""
-    if impl == "native" and tensor.dtype not in NATIVE_DTYPES:
-        return f"native takes float32 and bfloat16, got {str(tensor.dtype).removeprefix('torch.')}"
+    """The why_not of an op whose native kernels take float32 and bfloat16, on a GPU float16 too."""
+    taken = ("float32", "bfloat16", "float16") if tensor.is_cuda else ("float32", "bfloat16")
+    given = str(tensor.dtype).removeprefix("torch.")
+    if impl == "native" and given not in taken:
+        return f"native takes {', '.join(taken[:-1])} and {taken[-1]}, got {given}"
     return None
 
 
@@ -182,6 +184,17 @@ def _on_huge_pages(y: Tensor) -> Tensor:
     if y.nbytes >= HUGE_PAGES_FROM and y.device.type == "cpu":
         _C.advise_huge_pages(y.data_ptr(), y.nbytes)
     return y
+
+
+def launch(function: str, x: Tensor, /, **arguments) -> None:
+    """A function of the compiled module that launches CUDA kernels, on x's device and torch's current stream there."""
+    stream = torch.cuda.current_stream(x.device).cuda_stream
+    getattr(_C, function)(**arguments, device=x.device.index, stream=stream)
+
+
+def ask(function: str, x: Tensor, /, **arguments) -> int:
+    """A function of the compiled module that answers for x's device: how large a workspace has to be, say."""
+    return getattr(_C, function)(**arguments, device=x.device.index)
 
 
 def as_float32(parameter: Tensor) -> Tensor:

@@ -1,11 +1,15 @@
 """layer_norm, dropout_add_layer_norm and dropout_add by csrc/layer_norm. R rows, C columns.
 
-One kernel serves both norms: layer_norm is the one without residual, bias of x and dropout.
+One kernel serves both norms: layer_norm is the one without residual, bias of x and dropout. `run` is where it runs: _cpu or _cuda.
 """
+
+from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
 
+from stackbert_kernels.ops import _library as library
 from stackbert_kernels.ops._library import _C, NATIVE_DTYPES, as_float32, empty_like
 
 
@@ -18,7 +22,21 @@ def _workspace(x: Tensor, extra: int) -> Tensor:
     return torch.empty(_C.row_workspace(*x.shape, extra), dtype=torch.float32)
 
 
+def _cpu(function: str, x: Tensor, extra: int, /, **arguments) -> None:
+    workspace = _workspace(x, extra)
+    getattr(_C, function)(workspace=workspace.data_ptr(), threads=torch.get_num_threads(), **arguments)
+
+
+def _cuda(function: str, x: Tensor, extra: int, /, **arguments) -> None:
+    if extra:
+        floats = library.ask(f"{function}_workspace_cuda", x, rows=x.shape[0], columns=x.shape[1])
+        workspace = x.new_empty(floats, dtype=torch.float32)
+        arguments["workspace"] = workspace.data_ptr()
+    library.launch(f"{function}_cuda", x, **arguments)
+
+
 def _norm_fwd(
+    run: Callable,
     x: Tensor,
     residual: Tensor | None,
     weight: Tensor,
@@ -33,9 +51,12 @@ def _norm_fwd(
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     x, residual = x.contiguous(), None if residual is None else residual.contiguous()
     weight, bias, x_bias = as_float32(weight), as_float32(bias), None if x_bias is None else as_float32(x_bias)
-    y, workspace = empty_like(x), _workspace(x, 0)
+    y = empty_like(x)
     mean, rstd = (weight.new_empty(x.shape[0]), weight.new_empty(x.shape[0])) if statistics else (None, None)
-    _C.layer_norm_fwd(
+    run(
+        "layer_norm_fwd",
+        x,
+        0,
         x=x.data_ptr(),
         residual=_address(residual),
         x_bias=_address(x_bias),
@@ -44,7 +65,6 @@ def _norm_fwd(
         y=y.data_ptr(),
         mean=_address(mean),
         rstd=_address(rstd),
-        workspace=workspace.data_ptr(),
         rows=x.shape[0],
         columns=x.shape[1],
         dtype=NATIVE_DTYPES[x.dtype],
@@ -52,12 +72,12 @@ def _norm_fwd(
         site=site,
         threshold=threshold,
         eps=eps,
-        threads=torch.get_num_threads(),
     )
     return y, mean, rstd
 
 
 def _norm_bwd(
+    run: Callable,
     dy: Tensor,
     x: Tensor,
     residual: Tensor | None,
@@ -75,8 +95,10 @@ def _norm_bwd(
     dx, dresidual = None if residual is None else empty_like(x), empty_like(x)
     dweight, dbias = torch.empty_like(scale), torch.empty_like(scale)
     dx_bias = scale.new_empty(0 if x_bias is None else x.shape[1])
-    workspace = _workspace(x, 4)
-    _C.layer_norm_bwd(
+    run(
+        "layer_norm_bwd",
+        x,
+        4,
         dy=dy.data_ptr(),
         x=x.data_ptr(),
         residual=_address(residual),
@@ -89,63 +111,51 @@ def _norm_bwd(
         dweight=dweight.data_ptr(),
         dbias=dbias.data_ptr(),
         dx_bias=dx_bias.data_ptr(),  # 0 where empty
-        workspace=workspace.data_ptr(),
         rows=x.shape[0],
         columns=x.shape[1],
         dtype=NATIVE_DTYPES[x.dtype],
         rng=_address(rng),
         site=site,
         threshold=threshold,
-        threads=torch.get_num_threads(),
     )
     dx_bias = dx_bias if x_bias is None else dx_bias.to(x_bias.dtype)
     return dx, dresidual, dweight.to(weight.dtype), dbias.to(bias.dtype), dx_bias
 
 
-def layer_norm_fwd(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
-    return _norm_fwd(x, None, weight, bias, None, None, 0, 0, eps, statistics=True)
-
-
-def layer_norm_forward_only(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
-    return _norm_fwd(x, None, weight, bias, None, None, 0, 0, eps, statistics=False)[0]
-
-
-def layer_norm_bwd(
-    dy: Tensor, x: Tensor, weight: Tensor, bias: Tensor, mean: Tensor, rstd: Tensor
+def _layer_norm_fwd(
+    run: Callable, x: Tensor, weight: Tensor, bias: Tensor, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    _, dx, dweight, dbias, _ = _norm_bwd(dy, x, None, weight, bias, None, mean, rstd, None, 0, 0)
+    return _norm_fwd(run, x, None, weight, bias, None, None, 0, 0, eps, statistics=True)
+
+
+def _layer_norm_forward_only(run: Callable, x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+    return _norm_fwd(run, x, None, weight, bias, None, None, 0, 0, eps, statistics=False)[0]
+
+
+def _layer_norm_bwd(
+    run: Callable, dy: Tensor, x: Tensor, weight: Tensor, bias: Tensor, mean: Tensor, rstd: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    _, dx, dweight, dbias, _ = _norm_bwd(run, dy, x, None, weight, bias, None, mean, rstd, None, 0, 0)
     return dx, dweight, dbias
 
 
-def dropout_add_layer_norm_fwd(
-    x: Tensor,
-    residual: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    x_bias: Tensor | None,
-    rng: Tensor,
-    site: int,
-    threshold: int,
-    eps: float,
-) -> tuple[Tensor, Tensor, Tensor]:
-    return _norm_fwd(x, residual, weight, bias, x_bias, rng, site, threshold, eps, statistics=True)
+def _dropout_add_layer_norm_fwd(run: Callable, *arguments) -> tuple[Tensor, Tensor, Tensor]:
+    return _norm_fwd(run, *arguments, statistics=True)
 
 
-def dropout_add_layer_norm_forward_only(
-    x: Tensor,
-    residual: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    x_bias: Tensor | None,
-    rng: Tensor,
-    site: int,
-    threshold: int,
-    eps: float,
-) -> Tensor:
-    return _norm_fwd(x, residual, weight, bias, x_bias, rng, site, threshold, eps, statistics=False)[0]
+def _dropout_add_layer_norm_forward_only(run: Callable, *arguments) -> Tensor:
+    return _norm_fwd(run, *arguments, statistics=False)[0]
 
 
-dropout_add_layer_norm_bwd = _norm_bwd
+layer_norm_fwd, layer_norm_fwd_cuda = partial(_layer_norm_fwd, _cpu), partial(_layer_norm_fwd, _cuda)
+layer_norm_forward_only = partial(_layer_norm_forward_only, _cpu)
+layer_norm_forward_only_cuda = partial(_layer_norm_forward_only, _cuda)
+layer_norm_bwd, layer_norm_bwd_cuda = partial(_layer_norm_bwd, _cpu), partial(_layer_norm_bwd, _cuda)
+dropout_add_layer_norm_fwd = partial(_dropout_add_layer_norm_fwd, _cpu)
+dropout_add_layer_norm_fwd_cuda = partial(_dropout_add_layer_norm_fwd, _cuda)
+dropout_add_layer_norm_forward_only = partial(_dropout_add_layer_norm_forward_only, _cpu)
+dropout_add_layer_norm_forward_only_cuda = partial(_dropout_add_layer_norm_forward_only, _cuda)
+dropout_add_layer_norm_bwd, dropout_add_layer_norm_bwd_cuda = partial(_norm_bwd, _cpu), partial(_norm_bwd, _cuda)
 
 
 def dropout_add_fwd(
