@@ -4,6 +4,7 @@
 #include "bindings.h"
 
 #ifdef STACKBERT_SIMT
+#include "simt/probes.h"
 #include "simt/runtime.h"
 #endif
 
@@ -86,6 +87,12 @@ PYBIND11_MODULE(_simt, m) {
       "Global memory that kernels may touch, until forget().");
   m.def("forget", &simt::forget);
   m.def("set_seed", &simt::set_seed, py::arg("seed"), "Of the order in which threads and blocks run.");
+  m.def(
+      "probe",
+      [](const std::string& name, Address in, Address out, int variant) {
+        simt::probe(name, pointer<const uint32_t>(in), pointer<uint32_t>(out), variant);
+      },
+      py::arg("name"), py::arg("input"), py::arg("output"), py::arg("variant") = 0);
   bind_cuda(m);
 }
 #endif

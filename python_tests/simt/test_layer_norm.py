@@ -6,6 +6,7 @@ import pytest
 import torch
 from oracle import assert_as_accurate_as_torch
 from simt.twin import SEEDS, Device
+
 from stackbert_kernels.ops import new_rng
 from stackbert_kernels.ops.layer_norm import native, reference
 
