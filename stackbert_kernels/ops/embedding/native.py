@@ -26,7 +26,7 @@ def _inputs(indices: list[Tensor], tables: list[Tensor], dtype: torch.dtype) -> 
 
 def _held(dtype: torch.dtype) -> torch.dtype:
     """float16 goes by float32."""
-    return dtype if dtype in NATIVE_DTYPES else torch.float32
+    return dtype if dtype in (torch.float32, torch.bfloat16) else torch.float32
 
 
 def _forward(
