@@ -30,7 +30,7 @@ TINY = TrainConfig(
     device="cpu",
     threads=1,
 )
-PRESET = Preset(minutes=1, config=TINY, warmup=0.1)
+PRESET = Preset(minutes=1, aside=1, config=TINY, warmup=0.1)
 
 
 @pytest.fixture(scope="module")
@@ -198,10 +198,10 @@ def test_evaluation_is_not_in_its_seconds(transformers_loop, tmp_path, monkeypat
 # Contenders
 
 
-def short(monkeypatch, minutes=1.0):
-    """The presets of seconds, and few steps whatever the clock says."""
-    monkeypatch.setattr(bench_time_to_loss, "PRESETS", dict.fromkeys(("cpu", "cuda"), replace(PRESET, minutes=minutes)))
-    monkeypatch.setattr(bench_time_to_loss, "steps_that_fit", lambda *_: 24)
+def short(monkeypatch):
+    """Small models, and few steps whatever the clock says."""
+    monkeypatch.setattr(bench_time_to_loss, "PRESETS", dict.fromkeys(("cpu", "cuda"), PRESET))
+    monkeypatch.setattr(bench_time_to_loss, "steps_that_fit", lambda *_: 20)
     monkeypatch.setattr(bench_time_to_loss, "TIMED_STEPS", 2)
 
 
