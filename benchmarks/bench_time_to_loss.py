@@ -34,7 +34,7 @@ from .command_line import DONE, FAILED, BadUse, Parser, answered, device_of, mak
 HF = "HF loop"
 COLOURS = ("#d1541f", "#2f6db3", "#0e9f8e", "#7c3aed", "#b45309", "#be185d", "#4d7c0f", "#0369a1")
 QUARTERS = (0.25, 0.5, 0.75)
-TIMED_STEPS = 12
+TIMED_STEPS = 30
 FEWEST_STEPS = 20
 NOTED = 0.1  # a run that is so much longer or shorter than its budget
 FEWEST_SECONDS = 1.0
