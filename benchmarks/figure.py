@@ -30,6 +30,7 @@ COLOURS = {
 OTHERS = ("#b3b8c2", "#c8b6a6", "#b7c3a5", "#bfaecb", "#a8bccb", "#cbb39b")  # of peers that are not named above
 FLOOR, INK, FAINT = "#b91c1c", "#1f2937", "#6b7280"
 
+CEILINGS = (("copy", "bytes", "copy"), ("matmul", "FLOPs", "matrix product"))
 LOG_FROM = 25.0  # slowest over fastest: beyond it a linear axis would leave no bar of the fastest to see
 # Inches: names of contenders, bars, a bar, the head of a direction, title and axis of a panel; title and notes of the figure.
 NAMES, BARS, BAR, HEAD, PANEL, TITLE, NOTES = 1.45, 3.3, 0.2, 0.3, 0.86, 0.62, 0.42
@@ -140,11 +141,12 @@ def contenders(row: Mapping) -> list[str]:
 
 
 def _panel(axis, rows: Sequence[Mapping], inches: float) -> None:
-    times = [row["seconds"][name]["median"] for row in rows for name in contenders(row) if name in row["seconds"]]
+    stats = [row["seconds"][name] for row in rows for name in contenders(row) if name in row["seconds"]]
+    times, ends = [time["median"] for time in stats], [_end(time) for time in stats]
     floors = [floor(row) for row in rows]
     scale, unit = (1e6, "us") if max(times, default=0.0) < 0.01 else (1e3, "ms")
-    smallest, largest = min([*times, *(f for f in floors if f)], default=1.0), max(times, default=1.0)
-    logarithmic = largest / min(times, default=1.0) > LOG_FROM
+    smallest, largest = min([*times, *(f for f in floors if f)], default=1.0), max(ends, default=1.0)
+    logarithmic = max(times, default=1.0) / min(times, default=1.0) > LOG_FROM
 
     y = 0.0  # inches from the top
     ticks = []
@@ -178,6 +180,11 @@ def _panel(axis, rows: Sequence[Mapping], inches: float) -> None:
     axis.set_axisbelow(True)
 
 
+def _end(time: Mapping) -> float:
+    """Where the drawing of a time ends: at its p80, which on a busy machine may be anywhere."""
+    return max(time["median"], min(time["p80"], 1.3 * time["median"]))
+
+
 def _bar(axis, row: Mapping, name: str, y: float, scale: float, unit: str) -> None:
     """A bar with its spread, the time, and how it compares: ours with the ceiling, a peer with ours."""
     if name not in row["seconds"]:
@@ -185,28 +192,27 @@ def _bar(axis, row: Mapping, name: str, y: float, scale: float, unit: str) -> No
         return
     ours = is_ours(name)
     time = row["seconds"][name]
-    middle, low, high = (scale * time[key] for key in ("median", "p20", "p80"))
+    middle, low, end = scale * time["median"], scale * time["p20"], scale * _end(time)
     axis.barh(y, middle, height=0.78 * BAR, color=colour(name), zorder=2)
-    axis.plot((low, high), (y, y), color=INK, lw=0.9, alpha=0.7, zorder=3)
+    axis.plot((low, end), (y, y), color=INK, lw=0.9, alpha=0.7, zorder=3)
     text = f"{middle:.0f} {unit}" if middle >= 100 else f"{middle:.3g} {unit}"
     if name == row["ours"] and row.get("share") is not None:
         text += f"   {row['share']:.0%} of ceiling"
     elif (compared := row.get("ratios", {}).get(name)) is not None:
         text += f"   x {compared['median']:.2f}"
     axis.annotate(
-        text, (max(middle, high), y), (4, 0), textcoords="offset points", fontsize=8, va="center",
+        text, (end, y), (4, 0), textcoords="offset points", fontsize=8, va="center",
         weight="bold" if ours else "normal", color=colour(name) if ours else INK, zorder=5,
     )  # fmt: skip
 
 
 def _notes(rows: Sequence[Mapping]) -> list[str]:
-    bounds = {"copy": "bytes", "matmul": "FLOPs"}
-    floors = " or ".join(bounds[name] for name in bounds if any(name in row["ceilings"] for row in rows))
-    measured = {"bytes": "a large copy", "FLOPs": "a large matrix product"}
-    lines = ["Bars are medians, thin lines p20 to p80; x: a peer's time over ours."]
-    if floors:
-        ran = " or ".join(measured[name] for name in floors.split(" or "))
-        lines[0] += f" Red: the declared {floors} at the rate of {ran} in the same rounds."
+    found = {name for row in rows for name in row.get("ceilings", {})}
+    bounds = [(what, rate) for name, what, rate in CEILINGS if name in found]
+    lines = ["Medians, thin lines p20 to p80 (at most 1.3 medians). x: a peer's time over ours."]
+    if bounds:
+        what, rates = (" or ".join(parts) for parts in zip(*bounds, strict=True))
+        lines[0] += f" Red: the declared {what} at the rate of a large {rates} in the same rounds."
     absent = list(dict.fromkeys(name for row in rows for name in row["absent"]))
     if absent:
         lines.append(f"Absent: {', '.join(absent)}.")

@@ -18,11 +18,11 @@ from importlib import import_module
 from itertools import groupby, zip_longest
 from pathlib import Path
 
-from . import figure, history, results_file, table, targets
+from . import figure, history, machine, results_file, table, targets
 from .command_line import DONE, FAILED, BadUse, Parser
 
 HERE = Path(__file__).parent
-RESULTS = HERE / "results"
+RESULTS, PAGE = HERE / "results", HERE / "RESULTS.md"
 NOT_YET = "not yet measured on a GPU"
 COMMAND = "python -m benchmarks report"
 TRAINING = {"train_step": "The training step", "time_to_loss": "Held-out loss in equal time"}
@@ -278,9 +278,7 @@ def compiled_section(path: Path) -> str:
 def parser(prog: str) -> Parser:
     made = Parser(prog=prog, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     made.add_argument("--results", type=Path, default=RESULTS, metavar="DIR", help="default: benchmarks/results")
-    made.add_argument(
-        "--out", type=Path, default=HERE / "RESULTS.md", metavar="FILE", help="default: benchmarks/RESULTS.md"
-    )
+    made.add_argument("--out", type=Path, default=PAGE, metavar="FILE", help="default: benchmarks/RESULTS.md")
     made.add_argument(
         "--check", action="store_true", help="write nothing; say whether FILE and its plots are up to date"
     )
@@ -289,6 +287,8 @@ def parser(prog: str) -> Parser:
 
 def main(arguments: Sequence[str], prog: str) -> int:
     options = parser(prog).parse_args(arguments)
+    if options.out == PAGE and not (machine.ROOT / "csrc").is_dir():
+        raise BadUse("this is an installed copy, the results are in the source tree; --results and --out name others")
     if options.check and needs_history(options.results) and not history.whole():
         print("cannot be checked here: some results are placed by their commits, and there is no whole history")
         return DONE

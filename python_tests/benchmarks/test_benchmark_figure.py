@@ -59,6 +59,16 @@ def test_the_axis_is_logarithmic_only_where_a_bar_would_vanish(tmp_path, axes):
     assert all(bar.get_width() <= panel.get_xlim()[1] for panel in axes["layer_norm.png"] for bar in panel.patches)
 
 
+def test_a_wild_spread_moves_nothing_out_of_the_picture(tmp_path, axes):
+    pytest.importorskip("matplotlib")
+    row = op_row(times={"native": 1e-4, "torch": 2e-4})
+    row["seconds"]["torch"]["p80"] = 5e-3
+    figure.write(result(row), tmp_path)
+    (panel,) = axes["layer_norm.png"]
+    assert panel.get_xlim()[1] < 500
+    assert all(text.xy[0] < panel.get_xlim()[1] for text in panel.texts if hasattr(text, "xy"))
+
+
 def test_a_contender_keeps_its_colour(tmp_path, axes):
     pytest.importorskip("matplotlib")
     one = op_row(op="a", times={"native": 1.0, "torch": 2.0, "unheard of": 3.0})

@@ -57,7 +57,7 @@ def test_the_page_of_this_repository_is_up_to_date():
     """After a change of an op, of a declaration or of a result: python -m benchmarks report"""
     if report.needs_history(report.RESULTS) and not history.whole():
         pytest.skip("some results are placed by their commits, and there is no whole history")
-    assert report.outdated(report.HERE / "results", report.HERE / "RESULTS.md") is None
+    assert report.outdated(report.RESULTS, report.PAGE) is None
 
 
 def test_the_first_line_says_whether_a_gpu_was_measured(page):
@@ -118,6 +118,12 @@ def test_bad_use_is_one_line(result, message, tmp_path, capsys):
         out, err = capsys.readouterr()
         assert not out and err.count("\n") == 1 and err.startswith("bench report: ") and message in err
     assert not (tmp_path / "RESULTS.md").exists()
+
+
+def test_an_installed_copy_has_no_results(monkeypatch, capsys):
+    monkeypatch.setattr(machine, "ROOT", Path("/nowhere"))
+    assert main(["report"], prog="bench") == 2
+    assert capsys.readouterr().err.startswith("bench report: this is an installed copy")
 
 
 def test_check_sees_every_difference(page, tmp_path, capsys):
