@@ -3,6 +3,7 @@
 import json
 import shutil
 import subprocess
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -98,6 +99,14 @@ def test_a_run_on_a_gpu_shows_what_it_proved(page):
     assert "| tests | failed | 100 | 2 failed |" in text and "- tests: test_mask[bf16]" in text
     assert "| layer_norm_fwd<bf16> | 40 | 0 | 0 |" in text
     assert "GNU 13, 1 kernel" in text and "shown elsewhere" not in text
+
+
+def test_whole_training_is_shown_as_it_was_printed(page, monkeypatch):
+    for kind, title in report.TRAINING.items():
+        module = import_module(f"benchmarks.bench_{kind}")
+        monkeypatch.setattr(module, "report", lambda result: f"the table of {result['kind']}")
+        text = page(h200={f"{kind}.json": content() | {"kind": kind}})
+        assert f"### {title}\n\n```text\nthe table of {kind}\n```" in text
 
 
 @pytest.mark.parametrize(
