@@ -79,7 +79,7 @@ TARGETS = (
     Target("bias_gelu", FORWARD, share=OF_COPY, sizes={"C": 3072}, options={"form": "erf"}),
     Target("bias_gelu", BACKWARD, share=OF_COPY, sizes={"C": 3072}, options={"form": "erf"}),
     Target("duplicate_layers_", STEP, share=OF_COPY, sizes={"L": 6}, dtype="fp32"),
-    Target("adamw_", STEP, share=OF_COPY, dtype="fp32"),
+    Target("adamw_", STEP, share=OF_COPY, sizes={"C": 768}, options={"copies": "none"}, dtype="fp32"),
 )
 
 
