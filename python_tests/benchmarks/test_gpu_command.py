@@ -15,6 +15,8 @@ import pytest
 import torch
 from result_samples import MACHINE, op_row
 
+from benchmarks import bench_train_step
+from benchmarks.__main__ import run_parser
 from benchmarks.command_line import BadUse
 from benchmarks.gpu import __main__ as command
 from benchmarks.gpu import build, outcomes, phases, sanitize, summary
@@ -211,6 +213,27 @@ def test_a_gpu_without_nvcc(tmp_path, monkeypatch):
     )
     monkeypatch.setenv("STACKBERT_SKIP_CUDA_BUILD", "yes")
     assert "must be 0 or 1" in refused("--out", tmp_path)
+
+
+def test_a_gpu_with_nvcc_is_taken(tmp_path, monkeypatch):
+    nvcc = tmp_path / "nvcc"
+    nvcc.write_text('#!/bin/sh\ncase "$1" in --version) echo "release 13.0, V13.0.88";; *) echo sm_90 sm_100;; esac\n')
+    nvcc.chmod(0o755)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setenv("CUDACXX", str(nvcc))
+    command.check(command.parser("gpu").parse_args(["--out", str(tmp_path / "out")]))
+    assert (tmp_path / "out").is_dir()
+
+
+def test_the_benchmarks_take_the_options_that_a_gpu_run_gives_them(tmp_path):
+    setting = Setting(ROOT, tmp_path, tmp_path, "cuda", False, "abc")
+    by_name = {phase.name: phase.command(setting, 100.0) for phase in command.PHASES}
+    given = run_parser("benchmarks").parse_args(by_name["ops"][3:])
+    assert (given.device, given.commit, given.minutes, given.ops, given.quick) == ("cuda", "abc", 1.5, [], False)
+    assert by_name["steps"][3] == "train_step"
+    given = bench_train_step.parser("train_step").parse_args(by_name["steps"][4:])
+    assert (given.device, given.minutes, given.out) == ("cuda", 1.5, tmp_path / "steps")
+    assert by_name["tests"][-3:] == ["-m", "gpu", "python_tests"]
 
 
 def test_too_few_minutes(tmp_path):
