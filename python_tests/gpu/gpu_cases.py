@@ -221,7 +221,7 @@ SMALL = (
     duplication("stack", 6, 50, [0, 1, 2, 0, 1, 2]),
     embedding("odd", 19, 72, (30, 8, 2), 0.1),
     embedding("p=0", 70, 33, (3, 70, 1), 0.0),
-    adam("bank", 3, 1003, 900),
+    adam("bank", 3, 203, 150),
     duplication("interleave", 6, 1003, [0, 0, 1, 1, 2, 2], apart=5),
 )
 
