@@ -40,6 +40,7 @@ from . import figure as figures
 from . import machine, results_file, table
 from .clock import interleave, matmul_ceiling, ratio
 from .command_line import DONE, FAILED, BadUse, Parser, answered, device_of, make_folder
+from .lengths import equal, natural
 from .training_step import (
     BEST_FIRST,
     HF,
@@ -54,7 +55,6 @@ from .training_step import (
     few,
     field_of,
     first_line,
-    natural_lengths,
     parameter_flops,
     step,
 )
@@ -66,7 +66,7 @@ MODELS = {
 TOKENS = {"cuda": 32768, "cpu": 2048}  # of a step
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 MATMUL = "matmul"
-STEPS, STAGES = "steps", "stages"
+STEPS, COMPILED, STAGES = "", " with torch.compile", " by MSLT stage"
 TIME_WAS_UP = "the time was up"
 BY_DROPOUT = 0.05  # the loss of two draws of masks over as many predictions differs by under a per cent
 COMPILE_SECONDS_PER_LAYER = 4.0  # a guess, until the first compilation of the run was timed
@@ -81,15 +81,16 @@ def measure(
     setting: Setting,
     device: str,
     *,
-    compiled: str | None = None,
+    compiled: bool = False,
     repeats: int = 20,
     seconds: float = 60.0,
 ) -> dict:
-    """The row of a setting. `compiled` says why the compiled peer is left out; None: it takes part."""
+    """The row of a setting, with the compiled peer where it is wanted."""
     samples = Samples.random(setting.lengths, setting.model.vocab_size, device)
     wrong = check(field, few(setting, device), setting.dtype)
-    absent = field.absent | ({HF_COMPILED: compiled} if compiled and HF in field.candidates else {})
-    running = {n: c for n, c in field.candidates.items() if n not in wrong and n not in absent}
+    absent = dict(field.absent)
+    left = {n: c for n, c in field.candidates.items() if n not in wrong and n not in absent}
+    running = {n: c for n, c in left.items() if compiled or n != HF_COMPILED}
     compile_seconds, losses, memory = None, {}, {}
     for name, candidate in list(running.items()):
         started = time.perf_counter()
@@ -214,20 +215,25 @@ class Budget:
 
 
 def jobs(options: argparse.Namespace) -> list[tuple[str, Setting]]:
-    """(steps or stages, setting), most important first: those of a model follow one another, since its candidates are made once."""
+    """(kind, setting), most important first. A setting is measured with the compiled peer only after it was without, so that a
+    compilation that takes too long costs no other figure."""
     found = []
     for size in options.sizes:
         model = MODELS.get(size) or small_model(options)
         for dtype in options.dtype:
-            shortest = options.seq_len[0]
-            full = [(f"S={s}", (s,) * max(1, options.tokens // s)) for s in options.seq_len]
-            # transformers computes all logits of all padded tokens, 4 times as many: half the tokens keep them inside the memory
-            natural = (f"lengths 4-{shortest}", natural_lengths(options.tokens // 2, shortest))
-            of_model = [Setting(size, model, kind, lengths, dtype) for kind, lengths in (*full, natural)]
-            found += [(STEPS, setting) for setting in of_model]
-            if size == options.sizes[0]:
-                found.append((STAGES, of_model[0]))
+            full = [Setting(size, model, f"S={s}", tuple(equal(options.tokens, s)), dtype) for s in options.seq_len]
+            mixed = Setting(size, model, *_natural(options), dtype)
+            found += [(STEPS, setting) for setting in full]
+            found += [(COMPILED, full[0]), (STEPS, mixed)]
+            found += [(STAGES, full[0])] if size == options.sizes[0] else []
+            found += [(COMPILED, setting) for setting in (*full[1:], mixed)]
     return found
+
+
+def _natural(options: argparse.Namespace) -> tuple[str, tuple[int, ...]]:
+    """transformers computes all logits of all padded tokens, which are 4 times as many at 512: half the tokens keep them in the memory."""
+    longest = max(options.seq_len)
+    return f"natural <= {longest}", tuple(natural(options.tokens if longest <= 128 else options.tokens // 2, longest))
 
 
 def small_model(options: argparse.Namespace) -> ModelConfig:
@@ -241,37 +247,47 @@ def why_not_compiled(wanted: str, setting: Setting, budget: Budget, device: str)
         return "left out by --compile no"
     if wanted == "auto" and device == "cpu":
         return "left out on CPUs without --compile yes: compiling takes minutes"
-    if wanted == "auto" and budget.left < 1.5 * (needed + budget.seconds(setting)):
-        return f"compiling would take some {needed:.0f} s of the {budget.left:.0f} s left"
+    if wanted == "auto" and budget.left < 1.2 * needed + budget.seconds(setting):
+        return f"compiling would have taken some {needed:.0f} s of the {max(0.0, budget.left):.0f} s left"
     return None
 
 
 def run(options: argparse.Namespace, device: str, result: dict, keep: Callable[[], None]) -> None:
     """Appends the rows to `result`, and to its problems a line for each thing that was left out or failed; `keep` after each."""
-    budget = Budget(options.minutes)
+    budget, measured = Budget(options.minutes), {}
     made: tuple[ModelConfig, str] | None = None
     field: Field | None = None
     for kind, setting in jobs(options):
-        name = f"{setting.name} {setting.dtype}" + (" by MSLT stage" if kind == STAGES else "")
-        if result["rows"] and budget.left < budget.seconds(setting):
+        name = f"{setting.name} {setting.dtype}{kind}"
+        earlier = measured.get(setting)
+        if kind == COMPILED:
+            reason = why_not_compiled(options.compile, setting, budget, device)
+            if earlier and reason:
+                earlier["absent"].setdefault(HF_COMPILED, reason)
+            if not earlier or HF_COMPILED in earlier["absent"]:
+                continue
+        elif result["rows"] and budget.left < budget.seconds(setting):
             result["problems"].append(f"{name}: not run, {TIME_WAS_UP}")
             continue
         print(f"{name} ...", file=sys.stderr, flush=True)
         started = time.perf_counter()
         seconds = max(1.0, min(20.0, budget.left / 4))
-        if kind == STAGES or made != (setting.model, setting.dtype):
-            field = made = None  # its memory first
-            _free(device)
         try:
             if kind == STAGES:
                 result["rows"] += measure_stages(setting, device, repeats=options.repeats, seconds=seconds)
             else:
-                if field is None:
+                if made != (setting.model, setting.dtype):
+                    field = made = None  # its memory first
+                    _free(device)
                     field, made = field_of(setting.config, device, options.impl), (setting.model, setting.dtype)
-                compiled = why_not_compiled(options.compile, setting, budget, device)
+                compiled = kind == COMPILED
                 row = measure(field, setting, device, compiled=compiled, repeats=options.repeats, seconds=seconds)
                 budget.learn(setting, row, time.perf_counter() - started)
-                result["rows"].append(row)
+                if earlier:
+                    result["rows"][result["rows"].index(earlier)] = row
+                else:
+                    result["rows"].append(row)
+                measured[setting] = row
         except Exception as error:  # the next setting may work
             result["problems"].append(f"{name}: {first_line(error)}")
         _free(device)

@@ -80,20 +80,13 @@ class Samples:
         return cls(lengths, packed, padded)
 
 
-def natural_lengths(tokens: int, longest: int, seed: int = 2) -> tuple[int, ...]:
-    """About `tokens` tokens in sentences of log-normal length, median 24, as in English text; the longest is nearly always near the cut."""
-    generator = torch.Generator().manual_seed(seed)
-    drawn = torch.exp(3.2 + 0.65 * torch.randn(tokens // 4, generator=generator)).clamp(4, longest).int()
-    return tuple(drawn[: int((drawn.cumsum(0) <= tokens).sum())].tolist()) or (min(tokens, longest),)
-
-
 @dataclass(frozen=True)
 class Setting:
     """A row of the result: a model, the lengths of a step's sequences, a dtype."""
 
     size: str
     model: ModelConfig
-    kind: str  # "S=128", "natural <= 128"
+    kind: str  # "S=128", "natural <= 512"
     lengths: tuple[int, ...]
     dtype: str
 

@@ -10,12 +10,12 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import bench_train_step, results_file
 from benchmarks.__main__ import main
-from benchmarks.training_step import HF, HF_COMPILED, Samples, Setting, few, field_of, natural_lengths, parameter_flops
+from benchmarks.training_step import HF, HF_COMPILED, Samples, Setting, few, field_of, parameter_flops
 from stackbert_kernels.config import ModelConfig
 
 TINY = ModelConfig(layers=4, hidden=32, heads=2, vocab_size=96)
 SETTING = Setting("tiny", TINY, "S=16", (16,) * 4, "fp32")
-NATURAL = Setting("tiny", TINY, "lengths 4-16", natural_lengths(64, 16), "bf16")
+NATURAL = Setting("tiny", TINY, "natural <= 16", (16, 16, 11, 16, 4), "bf16")
 SMALL = {"layers": 4, "hidden": 32, "heads": 2, "vocab": 96, "seq-len": 16, "tokens": 64, "repeats": 2}
 ARGUMENTS = ["train_step", "--device", "cpu", *(f"--{name}={value}" for name, value in SMALL.items())]
 FAST = ("native", "reference")  # the Triton interpreter is too slow for a whole model
@@ -23,7 +23,7 @@ FAST = ("native", "reference")  # the Triton interpreter is too slow for a whole
 
 def measure(setting: Setting, field=None) -> dict:
     field = field or field_of(setting.config, "cpu", FAST)
-    return bench_train_step.measure(field, setting, "cpu", compiled="not here", repeats=2)
+    return bench_train_step.measure(field, setting, "cpu", repeats=2)
 
 
 def ours(row: dict) -> set[str]:
@@ -34,7 +34,7 @@ def ours(row: dict) -> set[str]:
 def test_a_row(setting):
     pytest.importorskip("transformers")
     row = measure(setting)
-    assert row["wrong"] == {} and row["absent"][HF_COMPILED] == "not here"
+    assert row["wrong"] == {} and HF_COMPILED not in row["seconds"]
     timed = {HF, *ours(row)}
     assert row["ours"] in timed and "ours reference" in timed
     assert set(row["seconds"]) == timed | {"matmul"}
@@ -109,7 +109,7 @@ def test_a_peer_that_fails_is_absent():
     pytest.importorskip("transformers")
     field = field_of(SETTING.config, "cpu", FAST)
     field.candidates[HF_COMPILED] = Planted(field.candidates[HF], raises)
-    row = bench_train_step.measure(field, SETTING, "cpu", repeats=2)
+    row = bench_train_step.measure(field, SETTING, "cpu", compiled=True, repeats=2)
     assert row["absent"][HF_COMPILED] == "ValueError: planted" and HF in row["seconds"] and not row["wrong"]
 
 
@@ -117,7 +117,7 @@ def test_a_compiled_model_of_another_loss_is_wrong():
     pytest.importorskip("transformers")
     field = field_of(SETTING.config, "cpu", FAST)
     field.candidates[HF_COMPILED] = Planted(field.candidates[HF], lambda loss: 1.2 * loss)
-    row = bench_train_step.measure(field, SETTING, "cpu", repeats=2)
+    row = bench_train_step.measure(field, SETTING, "cpu", compiled=True, repeats=2)
     assert row["wrong"][HF_COMPILED].startswith("Wrong: loss with dropout is")
 
 
@@ -149,7 +149,7 @@ def test_the_command(tmp_path, capsys):
     result = results_file.read(tmp_path / "train_step.json")
     steps = [row for row in result["rows"] if row["op"] == "train_step"]
     stages = [row for row in result["rows"] if row["op"] == "mslt_stage"]
-    assert [row["case"] for row in steps] == ["small S=16", "small lengths 4-16"]
+    assert [row["case"] for row in steps] == ["small S=16", "small natural <= 16"]
     assert [(row["sizes"]["depth"], row["sizes"]["train_from"]) for row in stages] == [
         (1, 0),
         (2, 1),
@@ -167,10 +167,20 @@ def test_the_command(tmp_path, capsys):
         assert text in printed.out
 
 
+def test_a_compiled_peer_joins_the_others(tmp_path, monkeypatch):
+    pytest.importorskip("transformers")
+    monkeypatch.setattr(torch, "compile", lambda model, **_: model)
+    assert main([*ARGUMENTS, "--compile", "yes", "--out", str(tmp_path)]) == 0
+    steps = [row for row in results_file.read(tmp_path / "train_step.json")["rows"] if row["op"] == "train_step"]
+    assert [row["case"] for row in steps] == ["small S=16", "small natural <= 16"]
+    for row in steps:
+        assert {HF, HF_COMPILED, row["ours"]} <= set(row["seconds"]) and row["compile_seconds"] > 0
+
+
 def test_what_does_not_fit_the_time_is_named(tmp_path, capsys):
     assert main([*ARGUMENTS, "--minutes", "0.00001"]) == 0
     printed = capsys.readouterr().out
-    assert "small lengths 4-16 fp32: not run, the time was up" in printed
+    assert "small natural <= 16 fp32: not run, the time was up" in printed
     assert "by MSLT stage: not run, the time was up" in printed
 
 
