@@ -27,7 +27,7 @@ CHECKED_TOKENS = 16384  # of a natural mix: padded to the longest in float64, 65
 
 def cases(device: str, quick: bool) -> list[Case]:
     if quick:
-        return [_case(200, 2, 64, "natural", torch.float32 if device == "cpu" else torch.bfloat16, 0.1)]
+        return [_case(40, 2, 16, "natural", torch.float32 if device == "cpu" else torch.bfloat16, 0.1)]
     return _cuda_cases() if device == "cuda" else _cpu_cases()
 
 

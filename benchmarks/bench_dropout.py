@@ -15,7 +15,7 @@ P = 0.1  # p = 0 returns x itself
 
 def cases(device: str, quick: bool) -> list[Case]:
     if quick:
-        return [_case(64, 128, torch.bfloat16 if device == "cuda" else torch.float32)]
+        return [_case(8, 64, torch.bfloat16 if device == "cuda" else torch.float32)]
     if device == "cpu":
         return [_case(8192, 768, dtype, directions=(BOTH,)) for dtype in (torch.float32, torch.bfloat16)]
     return [_case(65536, 768, torch.bfloat16), _case(65536, 1024, torch.bfloat16)]

@@ -24,7 +24,7 @@ def _case(R: int, C: int, dtype: torch.dtype, p: float = 0.0, **rest) -> Case:
 
 
 def _quick(device: str, p: float) -> list[Case]:
-    return [_case(64, 128, torch.bfloat16 if device == "cuda" else torch.float32, p)]
+    return [_case(8, 64, torch.bfloat16 if device == "cuda" else torch.float32, p)]
 
 
 def _on_cpu(p: float, sizes: tuple[int, ...]) -> list[Case]:

@@ -17,7 +17,7 @@ MASKED = 9830  # 15% of 65,536 tokens
 def cases(device: str, quick: bool) -> list[Case]:
     bf16, fp16, fp32 = torch.bfloat16, torch.float16, torch.float32
     if quick:
-        return [_case(20, 64, 300, bf16 if device == "cuda" else fp32)]
+        return [_case(8, 16, 96, bf16 if device == "cuda" else fp32)]
     if device == "cpu":  # 15% of 2,048 tokens of a small model, and of a base model
         return [
             _case(R, C, V_, dtype, weight)
