@@ -6,9 +6,11 @@ from . import (
     bench_attention,
     bench_dropout,
     bench_duplicate_layers,
+    bench_embedding,
     bench_gelu,
     bench_layer_norm,
     bench_masked_lm_loss,
+    bench_optimizer,
 )
 from .harness import Bench
 
@@ -17,7 +19,9 @@ BENCHES: tuple[Bench, ...] = (
     bench_layer_norm.DROPOUT_ADD_LAYER_NORM,
     *bench_masked_lm_loss.BENCHES,
     *bench_gelu.BENCHES,
+    *bench_optimizer.BENCHES,
     *bench_duplicate_layers.BENCHES,
+    *bench_embedding.BENCHES,
     bench_layer_norm.LAYER_NORM,
     bench_layer_norm.DROPOUT_ADD,
     *bench_dropout.BENCHES,

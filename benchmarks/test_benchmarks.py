@@ -17,8 +17,6 @@ from .declared import BENCHES
 from .harness import BOTH, FORWARD, STEP, Bench, Case, check_all, copied, input_sets, plan, timed
 from .table import is_ours
 
-pytest.importorskip("pytest_benchmark", reason='wants pytest-benchmark: pip install "stackbert-kernels[test]"')
-
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 

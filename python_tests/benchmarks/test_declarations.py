@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
-from benchmarks import bench_attention, bench_masked_lm_loss, harness, lengths
+from benchmarks import bench_attention, bench_masked_lm_loss, bench_optimizer, harness, lengths
 from benchmarks.__main__ import main
 from benchmarks.declared import BENCHES
 from benchmarks.harness import BACKWARD, BOTH, FORWARD, FROZEN, STEP, Bench, Case
@@ -62,7 +64,10 @@ def test_a_gpu_measures_the_shapes_of_bert():
         assert of(op, "R", "C") == {(65536, 768), (65536, 1024)}
     assert of("bias_gelu", "R", "C") == {(65536, 3072), (65536, 4096)}
     assert of("masked_lm_loss", "R", "C", "V") == {(9830, 768, 30528), (9830, 1024, 30528)}
+    assert of("embedding_layer_norm", "T", "C", "V") == {(65536, 768, 30528), (65536, 1024, 30528)}
     assert {L for (L,) in of("duplicate_layers_", "L")} == {3, 6, 12}
+    sizes = {round(bench_optimizer.elements(case) / 1e6) for case in BY_OP["adamw_"].cases("cuda", False)}
+    assert sizes == {110, 336}
     for op in ("attention", "dropout_add_layer_norm"):
         assert {case.p for case in BY_OP[op].cases("cuda", False)} == {0.0, 0.1}
     for op in ("attention", "dropout_add_layer_norm", "layer_norm", "bias_gelu", "masked_lm_loss"):
@@ -102,6 +107,9 @@ def microseconds(bench: Bench, case: Case, direction: str) -> float:
         ("bias_gelu", {"C": 3072}, 0.0, BACKWARD, 281),
         ("bias_gelu", {"C": 4096}, 0.0, FORWARD, 250),
         ("bias_gelu", {"C": 4096}, 0.0, BACKWARD, 375),
+        ("adamw_", {"L": 12}, 0.0, STEP, 717),
+        ("adamw_", {"L": 24}, 0.0, STEP, 2189),
+        ("duplicate_layers_", {"L": 6}, 0.0, STEP, 237),
     ],
 )
 def test_floors(op, sizes, p, direction, floor):
@@ -143,12 +151,16 @@ def test_what_is_too_large_for_float64_is_checked_on_less():
     assert BY_OP["attention"].checked(equal) == equal
 
 
+OPTIONS = {"bias_gelu": {"form": "tanh"}, "masked_lm_loss": {"weight": "frozen"}, "adamw_": {"copies": "bf16"}}
 VARIANTS = [
     pytest.param(bench, replace(case, dtype=dtype, p=p), id=f"{bench.op}-{harness.dtype_name(dtype)}-p={p}")
     for bench in BENCHES
     for case in bench.cases("cpu", True)
     for dtype in ((torch.float32,) if STEP in case.directions else (torch.float32, torch.bfloat16))
     for p in ((0.0, 0.1) if case.p else (0.0,))
+] + [
+    pytest.param(BY_OP[op], replace(BY_OP[op].cases("cpu", True)[0], options=options), id=f"{op}-{options}")
+    for op, options in OPTIONS.items()
 ]
 
 
@@ -178,6 +190,41 @@ def test_quick_runs_every_declaration_as_declared(capsys):
         assert {row["ours"], "torch"} <= set(row["seconds"]) and row["ratios"]["torch"]["median"] > 0
         assert row["bound"] in row["ceilings"] and row["share"] > 0
         assert all(reason for reason in row["absent"].values())
+
+
+def pytest_benchmarks(*arguments) -> subprocess.CompletedProcess:
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "benchmarks",
+        "--benchmark-only",
+        "-q",
+        "-p",
+        "no:cacheprovider",
+        *arguments,
+    ]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+
+
+def test_through_pytest_benchmark(tmp_path):
+    pytest.importorskip("pytest_benchmark")
+    path = tmp_path / "out.json"
+    few = ["-k", "dropout-", "--benchmark-max-time=0.01", "--benchmark-min-rounds=2", f"--benchmark-json={path}"]
+    ran = pytest_benchmarks(*few)
+    assert ran.returncode == 0, ran.stdout + ran.stderr
+    measured = {entry["name"]: entry for entry in json.loads(path.read_text())["benchmarks"]}
+    case = BY_OP["dropout"].cases("cuda" if torch.cuda.is_available() else "cpu", True)[0]
+    assert {f"test_op[dropout-{case}-forward-torch]", f"test_host_cost[dropout-{BOTH}]"} <= set(measured)
+    forward = measured[f"test_op[dropout-{case}-forward-torch]"]
+    assert (
+        forward["extra_info"]["bytes"] == BY_OP["dropout"].bytes_moved(case, FORWARD) and forward["stats"]["median"] > 0
+    )
+
+
+def test_without_pytest_benchmark_everything_is_skipped():
+    ran = pytest_benchmarks("-p", "no:benchmark", "-rs")
+    assert ran.returncode == 0 and "wants pytest-benchmark" in ran.stdout and "passed" not in ran.stdout
 
 
 def test_frozen_passes_move_no_more_than_those_that_save():
