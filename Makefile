@@ -22,8 +22,9 @@ demo: build  ## pre-train a small BERT on the documentation of this machine's Py
 test: build  ## the whole test suite
 	$(BIN)/python -m pytest -q
 
-bench: build  ## the CPU benchmarks, against PyTorch on this machine
-	@set -e; for script in benchmarks/bench_*.py; do echo "== $$script"; $(BIN)/python $$script; done
+bench: build  ## every op and the training step beside PyTorch and what else is installed, on this machine
+	$(BIN)/python -m benchmarks
+	$(BIN)/python -m benchmarks train_step
 
 lint: .venv/.linters  ## formatting and lint, without changing anything
 	$(BIN)/ruff format --check -q .
