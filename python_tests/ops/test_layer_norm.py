@@ -14,6 +14,8 @@ from stackbert_kernels.ops import philox
 from stackbert_kernels.ops._library import _C, NATIVE_DTYPES
 from stackbert_kernels.ops.layer_norm import op
 
+triton_kernel = pytest.importorskip("stackbert_kernels.ops.layer_norm.triton_kernel", reason="Triton is not installed")
+
 EPS = 1e-12
 RNG = ops.new_rng(2**40 + 7, 2**33 + 5)
 SITE = 3
@@ -28,6 +30,7 @@ class Case(NamedTuple):
     offset: float = 0.0  # |mean| >> std: a one-pass variance loses its digits here
     dtype: torch.dtype = torch.float32
     parameters: torch.dtype = torch.float32
+    impl: str = "native"
 
 
 CASES = [
@@ -41,8 +44,14 @@ CASES = [
     Case(16, 768, dtype=torch.bfloat16),
     Case(16, 768, offset=30.0, dtype=torch.bfloat16),
     Case(33, 7, dtype=torch.bfloat16, parameters=torch.bfloat16),
+    # The interpreter is exact in float32 only, and slow.
+    Case(1, 1, impl="triton"),
+    Case(3, 7, impl="triton"),
+    Case(3, 300, impl="triton"),  # three chunks of 128, the last not full; less than a tile of rows
+    Case(5, 768, offset=30.0, impl="triton"),
+    Case(230, 16, impl="triton"),  # programs of several tiles, the last not full
 ]
-case_ids = [f"{c.rows}x{c.columns}+{c.offset:g}-{str(c.dtype)[6:]}-{str(c.parameters)[6:]}" for c in CASES]
+case_ids = [f"{c.rows}x{c.columns}+{c.offset:g}-{str(c.dtype)[6:]}-{str(c.parameters)[6:]}-{c.impl}" for c in CASES]
 every_case = pytest.mark.parametrize("case", CASES, ids=case_ids)
 
 
@@ -83,8 +92,8 @@ def test_layer_norm_matches_float64(case):
         return F.layer_norm(x, (case.columns,), weight.to(x.dtype), bias.to(x.dtype), EPS)
 
     exact = run(torchs, doubles(inputs), dy)
-    native = run(lambda *a: ops.layer_norm(*a, impl="native"), inputs, dy)
-    judge(["y", "dx", "dweight", "dbias"], native, exact, run(torchs, inputs, dy))
+    ours = run(lambda *a: ops.layer_norm(*a, impl=case.impl), inputs, dy)
+    judge(["y", "dx", "dweight", "dbias"], ours, exact, run(torchs, inputs, dy))
 
 
 @pytest.mark.parametrize("p", [0.0, 0.1])
@@ -95,7 +104,7 @@ def test_dropout_add_layer_norm_matches_float64(case, with_bias, p):
     inputs = [x, residual, *parameters(case, 2 + with_bias)]
     dy = torch.randn(case.rows, case.columns).to(case.dtype)
 
-    def ours(x, residual, weight, bias, x_bias=None, impl="native"):
+    def ours(x, residual, weight, bias, x_bias=None, impl=case.impl):
         return ops.dropout_add_layer_norm(
             x, residual, weight, bias, x_bias=x_bias, dropout_p=p, rng=RNG, site=SITE, impl=impl
         )
@@ -118,7 +127,7 @@ def test_dropout_add_matches_float64(case, with_bias, p):
     inputs = [*activations(case), *parameters(case, with_bias)]
     dy = torch.randn(case.rows, case.columns).to(case.dtype)
 
-    def ours(x, residual, x_bias=None, impl="native"):
+    def ours(x, residual, x_bias=None, impl=case.impl):
         return ops.dropout_add(x, residual, x_bias=x_bias, dropout_p=p, rng=RNG, site=SITE, impl=impl)
 
     def torchs(x, residual, x_bias=None):
@@ -142,19 +151,98 @@ def test_gradcheck_of_the_reference():
     torch.autograd.gradcheck(lambda x, r, xb: ops.dropout_add(x, r, x_bias=xb, **options), (x, residual, x_bias))
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_native_masks_are_the_references(dtype):
+@pytest.mark.parametrize(
+    ("impl", "dtype"), [("native", torch.float32), ("native", torch.bfloat16), ("triton", torch.float32)]
+)
+def test_masks_are_the_references(impl, dtype):
     """x = 1 and residual = 0 make the output the mask itself; dy = 1 makes dx the backward's."""
-    x, residual = torch.ones(37, 300, dtype=dtype, requires_grad=True), torch.zeros(37, 300, dtype=dtype)
+    x, residual = torch.ones(19, 300, dtype=dtype, requires_grad=True), torch.zeros(19, 300, dtype=dtype)
     want = philox.row_factors(RNG, SITE, 26, x).to(dtype)
-    y = ops.dropout_add(x, residual, dropout_p=0.1, rng=RNG, site=SITE, impl="native")
+    options = {"dropout_p": 0.1, "rng": RNG, "site": SITE, "impl": impl}
+    y = ops.dropout_add(x, residual, **options)
     assert torch.equal(y, want)
+    assert torch.equal(torch.autograd.grad(y.sum(), x)[0], want)
+    x_bias = torch.zeros(300, requires_grad=True)
+    y = ops.dropout_add(x, residual, x_bias=x_bias, **options)  # backward by another kernel
     assert torch.equal(torch.autograd.grad(y.sum(), x)[0], want)
 
     weight, bias = torch.randn(300), torch.randn(300)
-    y = ops.dropout_add_layer_norm(x, residual, weight, bias, dropout_p=0.1, rng=RNG, site=SITE, impl="native")
-    (dx,) = torch.autograd.grad(y, x, torch.randn(37, 300).to(dtype))
+    y = ops.dropout_add_layer_norm(x, residual, weight, bias, **options)
+    (dx,) = torch.autograd.grad(y, x, torch.randn(19, 300).to(dtype))
     assert torch.equal(dx == 0, want == 0)
+
+
+def test_triton_of_wide_rows():
+    """Several warps share a row, and each lane holds several chunks of it; 8192 is the widest."""
+    inputs = [torch.randn(1, 8192), torch.randn(1, 8192), *(torch.randn(8192) for _ in range(3))]
+    dy = torch.randn(1, 8192)
+
+    def block(x, residual, weight, bias, x_bias, impl):
+        options = {"x_bias": x_bias, "dropout_p": 0.1, "rng": RNG, "site": SITE, "impl": impl}
+        return ops.dropout_add_layer_norm(x, residual, weight, bias, **options)
+
+    exact, torchs, ours = (
+        run(lambda *t, impl=impl: block(*t, impl), [t.to(dtype) for t in inputs], dy)
+        for impl, dtype in (("reference", torch.float64), ("reference", torch.float32), ("triton", torch.float32))
+    )
+    judge(["y", "dx", "dresidual", "dweight", "dbias", "dx_bias"], ours, exact, torchs)
+    with pytest.raises(ValueError, match="triton takes rows of at most 8192 elements, got 8193"):
+        ops.layer_norm(torch.ones(1, 8193), torch.ones(8193), torch.ones(8193), impl="triton")
+
+
+def test_triton_strides_and_what_lies_between_rows():
+    """Rows far apart, columns apart, one row repeated: the bits are those of dense input, and what lies between is not read."""
+    weight, bias, x_bias = (torch.randn(40) for _ in range(3))
+    sides = [torch.full((9, 64), torch.nan) for _ in range(3)]
+    for side in sides:
+        side[:, 8:48] = torch.randn(9, 40)
+    rows_apart = [side[:, 8:48] for side in sides]
+    columns_apart = [torch.randn(40, 9).T for _ in range(3)]
+    repeated = [torch.randn(1, 40).expand(9, 40) for _ in range(3)]
+
+    def block(x, residual, weight, bias, x_bias):
+        options = {"x_bias": x_bias, "dropout_p": 0.2, "rng": RNG, "impl": "triton"}
+        z = ops.dropout_add(x, residual, **options)
+        return ops.dropout_add_layer_norm(
+            ops.layer_norm(z, weight, bias, impl="triton"), residual, weight, bias, **options
+        )
+
+    for x, residual, dy in (rows_apart, columns_apart, repeated):
+        dense = [t.contiguous() for t in (x, residual)]
+        views = [t.detach().requires_grad_() for t in (x, residual)]
+        got = block(*views, weight, bias, x_bias)
+        got = [got, *torch.autograd.grad(got, views, dy)]
+        want = run(lambda x, residual: block(x, residual, weight, bias, x_bias), dense, dy.contiguous())
+        assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+
+
+def test_triton_outputs_are_written_whole_and_alone(monkeypatch):
+    """Every allocation lies between guards and starts as NaN."""
+    buffers = []
+
+    def poisoned(shape, dtype):
+        tensor, buffer = guarded((shape,) if isinstance(shape, int) else shape, dtype)
+        buffers.append(buffer)
+        return tensor
+
+    monkeypatch.setattr(torch, "empty_like", lambda x, **_: poisoned(x.shape, x.dtype))
+    new_empty = torch.Tensor.new_empty
+    monkeypatch.setattr(
+        torch.Tensor,
+        "new_empty",
+        lambda x, shape, **options: poisoned(shape, options["dtype"]) if shape else new_empty(x, shape, **options),
+    )
+    x, residual, dy = (torch.randn(5, 37) for _ in range(3))
+    weight, bias, x_bias = (torch.randn(37) for _ in range(3))
+    kernel = triton_kernel
+    _, mean, rstd = kernel.dropout_add_layer_norm_fwd(x, residual, weight, bias, x_bias, RNG, SITE, 26, EPS)
+    kernel.dropout_add_layer_norm_bwd(dy, x, residual, weight, bias, x_bias, mean, rstd, RNG, SITE, 26)
+    kernel.dropout_add_fwd(x, residual, x_bias, RNG, SITE, 26)
+    kernel.dropout_add_bwd(dy, x_bias, RNG, SITE, 26)
+    kernel.layer_norm_forward_only(x, weight, bias, EPS)
+    assert len(buffers) == 3 + 6 + 1 + 3 + 1  # y, statistics; dx, dz, partial, three sums; y; dx, partial, sum; y
+    for buffer in buffers:
+        assert_guards_untouched(buffer)
 
 
 def guarded(shape, dtype, guard=64):
@@ -315,7 +403,7 @@ def test_only_inputs_and_statistics_are_saved():
     assert sorted(t.shape for t in saved if t.data_ptr() not in known) == [(16,), (16,)]  # mean, rstd
 
 
-@pytest.mark.parametrize("impl", ["reference", "native"])
+@pytest.mark.parametrize("impl", ["reference", "native", "triton"])
 def test_no_rows(impl):
     x, parameter = torch.randn(0, 8, requires_grad=True), torch.ones(8, requires_grad=True)
     for y in (
@@ -360,7 +448,7 @@ def test_a_bad_element_spoils_its_row_only(value, dtype):
     assert torch.equal(y.isnan(), want.isnan()) and y[1].isnan().all()
 
 
-@pytest.mark.parametrize("impl", ["reference", "native"])
+@pytest.mark.parametrize("impl", ["reference", "native", "triton"])
 def test_opcheck(impl):
     x, residual, dy = (torch.randn(5, 40, requires_grad=True) for _ in range(3))
     weight, bias, x_bias = (torch.randn(40, requires_grad=True) for _ in range(3))
@@ -394,7 +482,7 @@ def test_compiles_without_graph_breaks():
         assert torch.equal(a, b)
 
 
-@pytest.mark.parametrize("impl", ["reference", "native"])
+@pytest.mark.parametrize("impl", ["reference", "native", "triton"])
 def test_gradients_of_x_and_residual_do_not_share_memory(impl):
     x, residual = torch.randn(3, 8, requires_grad=True), torch.randn(3, 8, requires_grad=True)
     for p in (0.0, 0.5):
@@ -414,7 +502,7 @@ BAD = [
     (lambda: ops.layer_norm(torch.tensor(1.0), C8, C8), ValueError, r"x must be \[rows, columns\]"),
     (lambda: ops.layer_norm(X, C8.double(), C8), TypeError, "weight must be float32 or x's torch.float32, got torch.float64"),
     (lambda: ops.layer_norm(X, C8, C8, -1.0), ValueError, "eps must be >= 0, got -1.0"),
-    (lambda: ops.layer_norm(X, C8, C8, impl="triton"), ValueError, "no triton implementation on cpu; usable: native, reference"),
+    (lambda: ops.layer_norm(X.double(), C8, C8, impl="triton"), ValueError, "triton takes float32, bfloat16 and float16, got float64"),
     (lambda: ops.layer_norm(X.double(), C8, C8, impl="native"), ValueError, "native takes float32 and bfloat16, got float64"),
     (lambda: ops.dropout_add_layer_norm(X, X[:3], C8, C8), ValueError, r"residual must have x's shape \[4, 8\], got \[3, 8\]"),
     (lambda: ops.dropout_add_layer_norm(X, X.bfloat16(), C8, C8), TypeError, "residual must have x's dtype torch.float32"),

@@ -80,8 +80,8 @@ def configuration(table: Mapping[int, Configuration], device: torch.device) -> C
 
 @functools.cache
 def multiprocessors(device: torch.device) -> int:
-    """How many programs a persistent kernel needs to fill the device once; few in the interpreter, which runs them one by one."""
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
+    """By how many programs a persistent kernel fills the device; 1 in the interpreter, which runs programs one by one."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
 
 
 def on(device: torch.device) -> contextlib.AbstractContextManager:

@@ -23,18 +23,14 @@ if INTERPRETED:
 
 
 @triton.jit
-def _philox_round(k0, k1, c0, c1, c2, c3):
-    # 64-bit products of 32-bit words: one IMAD.WIDE each.
-    p0 = c0.to(tl.uint64) * 0xD2511F53
-    p1 = c2.to(tl.uint64) * 0xCD9E8D57
-    return (p1 >> 32).to(tl.uint32) ^ c1 ^ k0, p1.to(tl.uint32), (p0 >> 32).to(tl.uint32) ^ c3 ^ k1, p0.to(tl.uint32)
-
-
-@triton.jit
 def philox(k0, k1, c0, c1, c2, c3):
     """Philox4x32-7. Words (scalars or blocks that broadcast together) -> four words of one counter each."""
     for _ in tl.static_range(7):
-        c0, c1, c2, c3 = _philox_round(k0, k1, c0, c1, c2, c3)
+        # 64-bit products of 32-bit words: one IMAD.WIDE each.
+        p0 = c0.to(tl.uint64) * 0xD2511F53
+        p1 = c2.to(tl.uint64) * 0xCD9E8D57
+        c0, c1 = (p1 >> 32).to(tl.uint32) ^ c1 ^ k0, p1.to(tl.uint32)
+        c2, c3 = (p0 >> 32).to(tl.uint32) ^ c3 ^ k1, p0.to(tl.uint32)
         k0 = tl.add(k0, 0x9E3779B9, sanitize_overflow=False)
         k1 = tl.add(k1, 0xBB67AE85, sanitize_overflow=False)
     return c0, c1, c2, c3

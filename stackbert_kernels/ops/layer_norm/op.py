@@ -8,6 +8,7 @@ dropout mask are computed again, which moves no more bytes than saving the sum w
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -15,6 +16,8 @@ from torch import Tensor
 from stackbert_kernels.ops import _library as library
 from stackbert_kernels.ops import philox
 from stackbert_kernels.ops.layer_norm import native, reference
+
+TRITON_COLUMNS = 8192  # a row and its gradients lie in the registers of one program
 
 
 def _check_x(op: str, x: Tensor) -> None:
@@ -94,20 +97,42 @@ def _layer_norm_bwd_fake(dy, x, weight, bias, mean, rstd, impl):
     return _dense_like(x), torch.empty_like(weight), torch.empty_like(bias)
 
 
+def _triton(function: str) -> Callable:
+    return library.lazy("stackbert_kernels.ops.layer_norm.triton_kernel", function)
+
+
+def _why_not(impl: str, x: Tensor) -> str | None:
+    if impl == "triton" and x.shape[1] > TRITON_COLUMNS:
+        return f"triton takes rows of at most {TRITON_COLUMNS} elements, got {x.shape[1]}"
+    return library.only_dtypes(impl, x)
+
+
 FORWARD = {
-    "cpu": {"reference": reference.layer_norm_fwd, "native": native.layer_norm_fwd},
-    "cuda": {"reference": reference.layer_norm_fwd},
+    "cpu": {
+        "reference": reference.layer_norm_fwd,
+        "native": native.layer_norm_fwd,
+        "triton": _triton("layer_norm_fwd"),
+    },
+    "cuda": {"reference": reference.layer_norm_fwd, "triton": _triton("layer_norm_fwd")},
 }
 FORWARD_ONLY = {
-    "cpu": {"reference": reference.layer_norm_forward_only, "native": native.layer_norm_forward_only},
-    "cuda": {"reference": reference.layer_norm_forward_only},
+    "cpu": {
+        "reference": reference.layer_norm_forward_only,
+        "native": native.layer_norm_forward_only,
+        "triton": _triton("layer_norm_forward_only"),
+    },
+    "cuda": {"reference": reference.layer_norm_forward_only, "triton": _triton("layer_norm_forward_only")},
 }
 BACKWARD = {
-    "cpu": {"reference": reference.layer_norm_bwd, "native": native.layer_norm_bwd},
-    "cuda": {"reference": reference.layer_norm_bwd},
+    "cpu": {
+        "reference": reference.layer_norm_bwd,
+        "native": native.layer_norm_bwd,
+        "triton": _triton("layer_norm_bwd"),
+    },
+    "cuda": {"reference": reference.layer_norm_bwd, "triton": _triton("layer_norm_bwd")},
 }
 
-LAYER_NORM = library.Op("layer_norm", FORWARD, library.only_dtypes)
+LAYER_NORM = library.Op("layer_norm", FORWARD, _why_not)
 _layer_norm_fwd = library.define(
     "layer_norm_fwd(Tensor x, Tensor weight, Tensor bias, float eps, str impl) -> (Tensor y, Tensor mean, Tensor rstd)",
     FORWARD,
@@ -182,22 +207,34 @@ def _dropout_add_layer_norm_bwd_fake(dy, x, residual, weight, bias, x_bias, mean
 
 
 ADD_NORM_FORWARD = {
-    "cpu": {"reference": reference.dropout_add_layer_norm_fwd, "native": native.dropout_add_layer_norm_fwd},
-    "cuda": {"reference": reference.dropout_add_layer_norm_fwd},
+    "cpu": {
+        "reference": reference.dropout_add_layer_norm_fwd,
+        "native": native.dropout_add_layer_norm_fwd,
+        "triton": _triton("dropout_add_layer_norm_fwd"),
+    },
+    "cuda": {"reference": reference.dropout_add_layer_norm_fwd, "triton": _triton("dropout_add_layer_norm_fwd")},
 }
 ADD_NORM_FORWARD_ONLY = {
     "cpu": {
         "reference": reference.dropout_add_layer_norm_forward_only,
         "native": native.dropout_add_layer_norm_forward_only,
+        "triton": _triton("dropout_add_layer_norm_forward_only"),
     },
-    "cuda": {"reference": reference.dropout_add_layer_norm_forward_only},
+    "cuda": {
+        "reference": reference.dropout_add_layer_norm_forward_only,
+        "triton": _triton("dropout_add_layer_norm_forward_only"),
+    },
 }
 ADD_NORM_BACKWARD = {
-    "cpu": {"reference": reference.dropout_add_layer_norm_bwd, "native": native.dropout_add_layer_norm_bwd},
-    "cuda": {"reference": reference.dropout_add_layer_norm_bwd},
+    "cpu": {
+        "reference": reference.dropout_add_layer_norm_bwd,
+        "native": native.dropout_add_layer_norm_bwd,
+        "triton": _triton("dropout_add_layer_norm_bwd"),
+    },
+    "cuda": {"reference": reference.dropout_add_layer_norm_bwd, "triton": _triton("dropout_add_layer_norm_bwd")},
 }
 
-DROPOUT_ADD_LAYER_NORM = library.Op("dropout_add_layer_norm", ADD_NORM_FORWARD, library.only_dtypes)
+DROPOUT_ADD_LAYER_NORM = library.Op("dropout_add_layer_norm", ADD_NORM_FORWARD, _why_not)
 _ADD_NORM_INPUTS = "Tensor x, Tensor residual, Tensor weight, Tensor bias, Tensor? x_bias, Tensor rng, int site, int threshold, float eps, str impl"
 _dropout_add_layer_norm_fwd = library.define(
     f"dropout_add_layer_norm_fwd({_ADD_NORM_INPUTS}) -> (Tensor y, Tensor mean, Tensor rstd)",
@@ -287,15 +324,23 @@ def _dropout_add_bwd_fake(dy, x_bias, rng, site, threshold, impl):
 
 
 ADD_FORWARD = {
-    "cpu": {"reference": reference.dropout_add_fwd, "native": native.dropout_add_fwd},
-    "cuda": {"reference": reference.dropout_add_fwd},
+    "cpu": {
+        "reference": reference.dropout_add_fwd,
+        "native": native.dropout_add_fwd,
+        "triton": _triton("dropout_add_fwd"),
+    },
+    "cuda": {"reference": reference.dropout_add_fwd, "triton": _triton("dropout_add_fwd")},
 }
 ADD_BACKWARD = {
-    "cpu": {"reference": reference.dropout_add_bwd, "native": native.dropout_add_bwd},
-    "cuda": {"reference": reference.dropout_add_bwd},
+    "cpu": {
+        "reference": reference.dropout_add_bwd,
+        "native": native.dropout_add_bwd,
+        "triton": _triton("dropout_add_bwd"),
+    },
+    "cuda": {"reference": reference.dropout_add_bwd, "triton": _triton("dropout_add_bwd")},
 }
 
-DROPOUT_ADD = library.Op("dropout_add", ADD_FORWARD, library.only_dtypes)
+DROPOUT_ADD = library.Op("dropout_add", ADD_FORWARD, _why_not)
 _dropout_add_fwd = library.define(
     "dropout_add_fwd(Tensor x, Tensor residual, Tensor? x_bias, Tensor rng, int site, int threshold, str impl) -> Tensor",
     ADD_FORWARD,
