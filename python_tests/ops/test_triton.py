@@ -7,6 +7,7 @@ import sys
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from stackbert_kernels import ops
 from stackbert_kernels.ops import _library, _triton, philox
@@ -24,11 +25,9 @@ RNG = ops.new_rng(2**40 + 7, 2**33 + 5)
 def on_gpu(monkeypatch):
     """What would be said of tensors on a GPU."""
 
-    class Tensor:
-        device, dtype, shape = torch.device("cuda", 0), torch.float32, (3, 4)
-
     monkeypatch.setattr(_triton, "capability", lambda index: (9, 0))
-    return Tensor()
+    with FakeTensorMode():
+        return torch.empty(3, 4, device="cuda:0")
 
 
 def dropout_op() -> _library.Op:
