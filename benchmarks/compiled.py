@@ -64,6 +64,7 @@ def compiled(compilation, arch: int) -> dict[str, object]:
         "shared": binary.metadata.shared,
         "instructions": len(instructions) - counts["NOP"],
         "accesses": dict(accesses),
+        "products": {name: n for name, n in counts.items() if name.endswith("MMA")},
         "narrow": sum(n for name, n in accesses.items() if ".128" not in name),
     }
     return row | {"broken": broken(compilation, row, counts)}

@@ -263,7 +263,8 @@ def compiled_section(path: Path) -> str:
         line[f"sm_{row['arch']}"] = f"{row['registers']} / {row['spills']} / {row['shared']}"
         if row["arch"] == 90:
             line["instructions, sm_90"] = row["instructions"]
-            line["global memory, sm_90"] = ", ".join(f"{n} {name}" for name, n in row["accesses"].items())
+            for what, key in (("matrix units", "products"), ("global memory", "accesses")):
+                line[f"{what}, sm_90"] = ", ".join(f"{n} {name}" for name, n in row[key].items()) or None
     made, stems = Result(path, result), {stem: stem for stem in result["sources"]}
     text = (
         "## Triton kernels, compiled ahead of time\n\nRegisters of a thread / spill stores / bytes of shared memory. "

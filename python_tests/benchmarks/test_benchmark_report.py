@@ -217,7 +217,7 @@ def test_targets_stand_beside_results_of_that_gpu_only(page):
 def test_compiled_kernels_are_a_row_each(page, tmp_path):
     rows = [
         {"kernel": "dropout 768", "arch": arch, "registers": 30 + i, "spills": 0, "shared": 1024, "instructions": 294 + i,
-         "accesses": {"LDG.E.128": 2, "STG.E.128": 1}, "narrow": 0, "broken": []}
+         "products": {"HGMMA": 8}, "accesses": {"LDG.E.128": 2, "STG.E.128": 1}, "narrow": 0, "broken": []}
         for i, arch in enumerate((80, 90, 100))
     ]  # fmt: skip
     facts = {name: MACHINE[name] for name in ("triton", "python", "date", "commit", "dirty")} | {"device": "cuda"}
@@ -225,7 +225,10 @@ def test_compiled_kernels_are_a_row_each(page, tmp_path):
     (tmp_path / "results").mkdir()
     (tmp_path / "results" / "compiled.json").write_text(json.dumps(compiled))
     text = page()
-    assert "| dropout 768 | 30 / 0 / 1024 | 31 / 0 / 1024 | 32 / 0 / 1024 | 295 | 2 LDG.E.128, 1 STG.E.128 |" in text
+    assert (
+        "| dropout 768 | 30 / 0 / 1024 | 31 / 0 / 1024 | 32 / 0 / 1024 | 295 | 8 HGMMA | 2 LDG.E.128, 1 STG.E.128 |"
+        in text
+    )
     assert "**Changed since: dropout.**" in text and "not yet measured on a GPU" in text.splitlines()[0]
 
 
