@@ -70,21 +70,18 @@ def _bwd_fake(
     return *dtables, torch.empty_like(weight), torch.empty_like(bias)
 
 
-FORWARD = {
-    "cpu": {"reference": reference.embedding_layer_norm_fwd, "native": native.embedding_layer_norm_fwd},
-    "cuda": {"reference": reference.embedding_layer_norm_fwd},
-}
-FORWARD_ONLY = {
-    "cpu": {
-        "reference": reference.embedding_layer_norm_forward_only,
-        "native": native.embedding_layer_norm_forward_only,
-    },
-    "cuda": {"reference": reference.embedding_layer_norm_forward_only},
-}
-BACKWARD = {
-    "cpu": {"reference": reference.embedding_layer_norm_bwd, "native": native.embedding_layer_norm_bwd},
-    "cuda": {"reference": reference.embedding_layer_norm_bwd},
-}
+def _table(name: str) -> library.Table:
+    triton = library.lazy("stackbert_kernels.ops.embedding.triton_kernel", name)
+    plain = getattr(reference, name)
+    return {
+        "cpu": {"reference": plain, "native": getattr(native, name), "triton": triton},
+        "cuda": {"reference": plain, "triton": triton},
+    }
+
+
+FORWARD = _table("embedding_layer_norm_fwd")
+FORWARD_ONLY = _table("embedding_layer_norm_forward_only")
+BACKWARD = _table("embedding_layer_norm_bwd")
 
 OP = library.Op("embedding_layer_norm", FORWARD, library.only_dtypes)
 

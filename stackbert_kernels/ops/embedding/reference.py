@@ -3,6 +3,8 @@
 Everything is computed in float32, in float64 for float64 tables, and rounded once at the end.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -12,7 +14,7 @@ from stackbert_kernels.ops.layer_norm import reference as norm
 NAMES = ("ids", "positions", "token_types")
 
 
-def check_values(indices: tuple[Tensor, ...], tables: tuple[Tensor, ...]) -> None:
+def check_values(indices: Sequence[Tensor], tables: Sequence[Tensor]) -> None:
     """On the CPU an index out of range is an error; elsewhere a look at the values would wait for the device."""
     for name, index, table in zip(NAMES, indices, tables, strict=True):
         low, high = (int(value) for value in index.aminmax()) if index.numel() else (0, 0)

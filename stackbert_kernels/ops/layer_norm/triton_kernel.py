@@ -48,7 +48,7 @@ CONFIGURATIONS = {80: _FIRST, 90: _FIRST, 100: _FIRST}
 AHEAD = 96 << 10  # bytes of shared memory for tiles loaded ahead: fits the 99 KB of sm_86, sm_89 and sm_120
 
 
-def _tiling(columns: int, itemsize: int, configuration: Configuration) -> tuple[dict[str, int], int]:
+def tiling(columns: int, itemsize: int, configuration: Configuration) -> tuple[dict[str, int], int]:
     """The constants of a kernel, and its warps."""
     vector = 16 // itemsize
     warps_a_row = triton.next_power_of_2(triton.cdiv(columns, 32 * configuration.lane))
@@ -67,13 +67,13 @@ def _programs_of_an_sm(num_warps: int, configuration: Configuration) -> int:
     return max(1, configuration.warps // num_warps)
 
 
-def _registers(num_warps: int, configuration: Configuration) -> int:
+def registers(num_warps: int, configuration: Configuration) -> int:
     """Of a thread, at most: so that all programs of an SM are there at once. One that had to wait would double the time."""
     fitting = 65536 // (32 * num_warps * _programs_of_an_sm(num_warps, configuration))
     return min(fitting // 8 * 8, 255)
 
 
-def _grid(
+def grid_of(
     rows: int, rows_a_tile: int, num_warps: int, configuration: Configuration, device: torch.device
 ) -> tuple[int]:
     programs = _programs_of_an_sm(num_warps, configuration) * _triton.multiprocessors(device)
@@ -109,12 +109,12 @@ def _forward(
     if rows == 0:
         return y, mean, rstd
     chosen = _triton.configuration(CONFIGURATIONS, x.device).forward
-    constants, num_warps = _tiling(columns, x.element_size(), chosen)
+    constants, num_warps = tiling(columns, x.element_size(), chosen)
     with _triton.on(x.device):
-        forward_kernel[_grid(rows, constants["ROWS"], num_warps, chosen, x.device)](
+        forward_kernel[grid_of(rows, constants["ROWS"], num_warps, chosen, x.device)](
             x, residual, x_bias, weight, bias, y, mean, rstd, rng, x.stride(0), _stride(residual), rows, site, threshold,
             philox.scale(threshold), eps, **constants, DROPOUT=threshold > 0, num_warps=num_warps,
-            maxnreg=_registers(num_warps, chosen),
+            maxnreg=registers(num_warps, chosen),
         )  # fmt: skip
     return y, mean, rstd
 
@@ -125,7 +125,7 @@ def _adding_up(columns: int) -> dict[str, int]:
     return {"C": columns, "ROWS": 4096 // width, "COLUMNS": width}
 
 
-def _add_up(partial: Tensor, *parameters: Tensor) -> list[Tensor]:
+def add_up(partial: Tensor, *parameters: Tensor) -> list[Tensor]:
     """partial [planes, programs, C] -> the sum of each plane, in the dtype of its parameter."""
     sums = [torch.empty_like(p, memory_format=torch.contiguous_format) for p in parameters]
     planes, programs, columns = partial.shape
@@ -158,17 +158,17 @@ def _norm_bwd(
     else:
         dy, x, residual = (t if t is None else _triton.dense_rows(t) for t in (dy, x, residual))
         chosen = _triton.configuration(CONFIGURATIONS, x.device).backward
-        constants, num_warps = _tiling(columns, x.element_size(), chosen)
-        (programs,) = grid = _grid(rows, constants["ROWS"], num_warps, chosen, x.device)
+        constants, num_warps = tiling(columns, x.element_size(), chosen)
+        (programs,) = grid = grid_of(rows, constants["ROWS"], num_warps, chosen, x.device)
         partial = x.new_empty((len(parameters), programs, columns), dtype=torch.float32)
         with _triton.on(x.device):
             norm_bwd_kernel[grid](
                 dy, x, residual, _dense(x_bias), _dense(weight), mean, rstd, dx, dz, partial, rng, dy.stride(0), x.stride(0),
                 _stride(residual), rows, site, threshold, philox.scale(threshold), **constants, DROPOUT=threshold > 0,
                 STAGES=_stages(constants, 2 if residual is None else 3, chosen), num_warps=num_warps,
-                maxnreg=_registers(num_warps, chosen),
+                maxnreg=registers(num_warps, chosen),
             )  # fmt: skip
-            sums = _add_up(partial, *parameters)
+            sums = add_up(partial, *parameters)
     return dx, dz, *sums, *([] if x_bias is not None else [weight.new_empty(0)])
 
 
@@ -233,16 +233,16 @@ def dropout_add_bwd(dy: Tensor, x_bias: Tensor | None, rng: Tensor, site: int, t
         return dx, torch.zeros_like(x_bias)
     dy = _triton.dense_rows(dy)
     chosen = _triton.configuration(CONFIGURATIONS, dy.device).dropout_bias_bwd
-    constants, num_warps = _tiling(columns, dy.element_size(), chosen)
-    (programs,) = grid = _grid(rows, constants["ROWS"], num_warps, chosen, dy.device)
+    constants, num_warps = tiling(columns, dy.element_size(), chosen)
+    (programs,) = grid = grid_of(rows, constants["ROWS"], num_warps, chosen, dy.device)
     partial = dy.new_empty((1, programs, columns), dtype=torch.float32)
     with _triton.on(dy.device):
         dropout_bias_bwd_kernel[grid](
             dy, dx, partial, rng, dy.stride(0), rows, site, threshold, philox.scale(threshold), **constants,
             DROPOUT=threshold > 0, num_warps=num_warps,
-            maxnreg=_registers(num_warps, chosen),
+            maxnreg=registers(num_warps, chosen),
         )  # fmt: skip
-        (dx_bias,) = _add_up(partial, x_bias)
+        (dx_bias,) = add_up(partial, x_bias)
     return dx, dx_bias
 
 
@@ -252,7 +252,7 @@ def compilations(arch: int) -> list[_triton.Compilation]:
     def kernel(name: str, function, columns: int, dtype: str, absent: tuple[str, ...] = (), max_spills: int = 0):
         """absent: arguments that are None; without rng_ptr there is no dropout."""
         chosen = {forward_kernel: tuned.forward, norm_bwd_kernel: tuned.backward}.get(function, tuned.dropout_bias_bwd)
-        constants, num_warps = _tiling(columns, 4 if dtype == "fp32" else 2, chosen)
+        constants, num_warps = tiling(columns, 4 if dtype == "fp32" else 2, chosen)
         constants |= dict.fromkeys(absent) | {"DROPOUT": "rng_ptr" not in absent}
         if function is norm_bwd_kernel:
             constants["STAGES"] = _stages(constants, 2 if "residual_ptr" in absent else 3, chosen)
@@ -277,8 +277,8 @@ def compilations(arch: int) -> list[_triton.Compilation]:
             {n: kinds.get(n, "*fp32:16") for n in function.arg_names if n not in constants},
             constants,
             num_warps,
-            maxnreg=_registers(num_warps, chosen),
-            max_registers=_registers(num_warps, chosen),
+            maxnreg=registers(num_warps, chosen),
+            max_registers=registers(num_warps, chosen),
             max_spills=max_spills,
             max_narrow=single_numbers,
         )
