@@ -27,11 +27,9 @@ ROOT = Path(__file__).resolve().parents[2]
 NEEDS = ("setup.py", "python_tests", "csrc")  # of a source tree; an installed package has none of them
 RESERVE_SECONDS = 15.0  # for the summary, and for a phase that dies slowly
 LEAST_MINUTES = {"real": 3.0, "pretend": 0.5}
-TEST_WORKERS = 6  # they share one GPU; what they save is the compilation of kernels on the host
 PRETEND_STEPS = [
     "--layers=4", "--hidden=32", "--heads=2", "--vocab=300", "--seq-len=16", "--tokens=64", "--repeats=2",
 ]  # fmt: skip
-PRETEND_TESTS = "dropout and fp32 and (oracle or mask)"
 
 
 def parser(prog: str) -> Parser:
@@ -62,13 +60,8 @@ def build_command(setting: Setting, seconds: float) -> list[str]:
 
 
 def tests_command(setting: Setting, seconds: float) -> list[str]:
-    argv = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", f"{__package__}.outcomes"]
-    argv += ["--outcomes", str(setting.scratch / "tests.jsonl"), "--continue-on-collection-errors", "--tb=short"]
-    if setting.pretend:
-        return [*argv, "python_tests/gpu", "-k", PRETEND_TESTS]
-    if importlib.util.find_spec("xdist"):
-        argv += ["-n", str(min(TEST_WORKERS, os.cpu_count() or 1))]
-    return [*argv, "-m", "gpu", "python_tests"]
+    pretend = ["--pretend"] if setting.pretend else []
+    return _own("tests", "--outcomes", str(setting.scratch / "tests.jsonl"), *pretend)
 
 
 def tests_found(setting: Setting) -> dict:
@@ -126,7 +119,7 @@ def training_command(setting: Setting, seconds: float) -> list[str]:
 
 PHASES = (
     Phase("build", 1.5, build_command, _result("build"), stretch=2.5, fine=(0,)),
-    Phase("tests", 2.0, tests_command, tests_found),
+    Phase("tests", 2.5, tests_command, tests_found),
     Phase("sanitizer", 1.0, sanitizer_command, _result("sanitizer"), fine=(0,)),
     Phase("ops", 2.0, ops_command, _found("ops", "ops.json", summary.op_lines)),
     Phase("steps", 1.2, steps_command, _found("steps", "train_step.json", summary.step_lines)),

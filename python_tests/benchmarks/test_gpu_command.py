@@ -19,7 +19,7 @@ from benchmarks import bench_train_step
 from benchmarks.__main__ import run_parser
 from benchmarks.command_line import BadUse
 from benchmarks.gpu import __main__ as command
-from benchmarks.gpu import build, outcomes, phases, sanitize, summary
+from benchmarks.gpu import build, outcomes, phases, sanitize, summary, tests
 from benchmarks.gpu.phases import Phase, Setting
 
 ROOT = Path(__file__).parents[2]
@@ -55,7 +55,18 @@ def everything(tmp_path, capfd, monkeypatch):
 @pytest.mark.slow
 def test_the_whole_flow_without_a_gpu(tmp_path):
     out = tmp_path / "out"
-    argv = [sys.executable, "-m", "benchmarks.gpu", "--out", str(out), "--pretend", "--minutes", "4", "--commit", "abc"]
+    argv = [
+        sys.executable,
+        "-m",
+        "benchmarks.gpu",
+        "--out",
+        str(out),
+        "--pretend",
+        "--minutes",
+        "20",
+        "--commit",
+        "abc",
+    ]
     ran = subprocess.run(argv, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True)
     result = json.loads((out / "gpu.json").read_text())
     assert ran.returncode == 0, f"{ran.stdout}\n{ran.stderr}\n{(out / 'log.txt').read_text()[-6000:]}"
@@ -233,7 +244,14 @@ def test_the_benchmarks_take_the_options_that_a_gpu_run_gives_them(tmp_path):
     assert by_name["steps"][3] == "train_step"
     given = bench_train_step.parser("train_step").parse_args(by_name["steps"][4:])
     assert (given.device, given.minutes, given.out) == ("cuda", 1.5, tmp_path / "steps")
-    assert by_name["tests"][-3:] == ["-m", "gpu", "python_tests"]
+    runs = tests.commands(tmp_path, False)
+    assert runs["others"][-3:] == ["gpu", f"--ignore={tests.FILLS_MEMORY}", "python_tests"]
+    assert runs["memory"][-1] == tests.FILLS_MEMORY and (ROOT / tests.FILLS_MEMORY).is_file()
+
+
+@pytest.mark.parametrize(("statuses", "status"), [([0, 0], 0), ([0, 1], 1), ([1, 5], 5), ([-11, 0], 139), ([1, 2], 2)])
+def test_the_worse_of_two_test_runs_counts(statuses, status):
+    assert tests.worst(statuses) == status
 
 
 def test_too_few_minutes(tmp_path):

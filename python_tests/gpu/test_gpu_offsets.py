@@ -1,12 +1,11 @@
-"""More than 2^31 elements: an offset of 32 bits would wrap. What is computed for the last rows is compared with the same rows alone."""
+"""More than 2^31 elements: an offset of 32 bits would wrap. What is computed for the last rows is compared with the same rows alone.
+
+One of these fills much of a GPU's memory: benchmarks/gpu/tests.py gives them a process of their own."""
 
 from __future__ import annotations
 
-import fcntl
-import tempfile
 from collections.abc import Callable
 from contextlib import contextmanager
-from pathlib import Path
 
 import pytest
 import torch
@@ -23,19 +22,17 @@ P, THRESHOLD = 0.1, 26
 
 @contextmanager
 def room(device, impl: str, nbytes: int):
-    """One such test at a time, where several processes run tests: together they might not fit. Our kernels need `nbytes`; the reference, in
-    plain PyTorch, several wider copies of everything, and is left out where they do not fit."""
-    with (Path(tempfile.gettempdir()) / "stackbert-offsets.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        free = device.free_bytes()
-        if free < nbytes:
-            pytest.skip(f"wants {nbytes / 2**30:.0f} GiB of free device memory, got {free / 2**30:.0f}")
-        try:
-            yield
-        except torch.OutOfMemoryError:
-            if impl != "reference":
-                raise
-            pytest.skip("the reference does not fit into the device memory")
+    """Our kernels need `nbytes`; the reference, in plain PyTorch, several wider copies of everything, and is left out where they do not
+    fit."""
+    free = device.free_bytes()
+    if free < nbytes:
+        pytest.skip(f"wants {nbytes / 2**30:.0f} GiB of free device memory, got {free / 2**30:.0f}")
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        if impl != "reference":
+            raise
+        pytest.skip("the reference does not fit into the device memory")
 
 
 def rows_of(device, columns: int) -> int:
