@@ -16,9 +16,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from stackbert_kernels import ops
 
-from . import lengths
+from . import lengths, peers
 from .harness import BACKWARD, BOTH, FORWARD, FROZEN, Absent, Bench, Bound, Call, Case, Inputs, Peer, Results
-from .peers import gpu_module
 
 D = 64
 TOKENS = {"cuda": 65536, "cpu": 4096}
@@ -57,10 +56,10 @@ def _cuda_cases() -> list[Case]:
     return [
         case(12, 128, 0.1, main=True),
         case(12, 512, 0.1, main=True),
+        case(12, 512, 0.0, compile=True, **frozen),
         case(12, 128, 0.0, **frozen),
-        case(12, 512, 0.0, **frozen),
         case(12, "natural", 0.1),
-        case(12, "natural", 0.0),
+        case(12, "natural", 0.0, compile=True),
         case(16, 128, 0.1),
         case(16, 512, 0.1),
         case(12, 256, 0.1),
@@ -175,8 +174,7 @@ def backend(which: SDPBackend, takes_mask: bool):
     """scaled_dot_product_attention by one of its GPU kernels."""
 
     def make(case: Case, t: Inputs) -> Bound:
-        if not t["qkv"].is_cuda:
-            raise Absent("measured on GPUs only")
+        peers.gpu_only(t)
         if not takes_mask and len(set(lengths_of(case))) > 1:
             raise Absent("takes no padding mask")
         if which == SDPBackend.CUDNN_ATTENTION and (16 * case.p) % 1:
@@ -202,10 +200,11 @@ def _compiled_flex():
 
 def flex(case: Case, t: Inputs) -> Bound:
     """Equal lengths as a batch; a mix as one long sequence with a block mask, so that no padding is computed."""
-    if not t["qkv"].is_cuda:
-        raise Absent("measured on GPUs only")
+    peers.gpu_only(t)
     if case.p:
         raise Absent("has no dropout")
+    if not case.compile:
+        raise Absent("has to be compiled, which takes long: beside some cases only, or with --compile")
     attend, block_mask = _compiled_flex()
     if len(set(lengths_of(case))) == 1:
         return padded(case, t, lambda q, k, v, mask: attend(q, k, v))
@@ -223,12 +222,12 @@ def flex(case: Case, t: Inputs) -> Bound:
 
 
 def flash_attention_2(case: Case, t: Inputs) -> Call:
-    function = gpu_module("flash_attn.flash_attn_interface", t).flash_attn_varlen_qkvpacked_func
+    function = peers.gpu_module("flash_attn.flash_attn_interface", t).flash_attn_varlen_qkvpacked_func
     return lambda: function(t["qkv"], t["cu_seqlens"], max(lengths_of(case)), dropout_p=case.p)
 
 
 def flash_attention_4(case: Case, t: Inputs) -> Bound:
-    cute = gpu_module("flash_attn.cute.interface", t)
+    cute = peers.gpu_module("flash_attn.cute.interface", t)
     if case.p:
         raise Absent("has no dropout")
     padding, cu = Padding(case, t), t["cu_seqlens"]
@@ -246,8 +245,8 @@ def flash_attention_4(case: Case, t: Inputs) -> Bound:
 
 
 def xformers(case: Case, t: Inputs) -> Bound:
-    function = gpu_module("xformers.ops", t).memory_efficient_attention
-    mask = gpu_module("xformers.ops.fmha.attn_bias", t).BlockDiagonalMask.from_seqlens(list(lengths_of(case)))
+    function = peers.gpu_module("xformers.ops", t).memory_efficient_attention
+    mask = peers.gpu_module("xformers.ops.fmha.attn_bias", t).BlockDiagonalMask.from_seqlens(list(lengths_of(case)))
     return apart(t, lambda x: x[None], lambda q, k, v: function(q, k, v, attn_bias=mask, p=case.p), lambda x: x[0])
 
 

@@ -80,11 +80,6 @@ def flops(case: Case, direction: str) -> int:
     return products * 2 * case["R"] * case["C"] * case["V"]
 
 
-def cross_entropy_bytes(R: int, V: int, itemsize: int) -> int:
-    """Of the loss between the products, the part that is not theirs: logits read once and overwritten with their gradient."""
-    return 2 * R * V * itemsize
-
-
 MASKED_LM_LOSS = Bench(
     op="masked_lm_loss",
     folder="masked_lm_loss",

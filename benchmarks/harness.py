@@ -43,8 +43,8 @@ class Case:
     """One thing to time: sizes by name, and the directions in which it is timed.
 
     FORWARD keeps what backward needs, FROZEN is the forward pass under no_grad, STEP has no gradient at all.
-    main     measured before the other cases of every op, and beside torch.compile on a GPU
-    compile  whether compiling is worth its time here; set by `plan`
+    main     measured before the other cases of every op
+    compile  whether compiling a peer is worth its time; `plan` has the last word
     """
 
     name: str
@@ -291,7 +291,7 @@ def input_sets(bench: Bench, case: Case, device: str) -> list[Inputs]:
 def measure(bench: Bench, case: Case, device: str, *, repeats: int = 30, seconds: float = 1e9) -> list[dict]:
     """The rows of a case, one a direction."""
     torch.manual_seed(0)
-    if case.compile:
+    if device == "cuda" or case.compile:
         torch.compiler.reset()  # what earlier cases compiled counts towards the limit after which torch silently runs eagerly
     smaller = bench.checked(case)
     sets = input_sets(bench, case, device)
@@ -370,11 +370,12 @@ def plan(
     keep: Callable[[Case], bool] = lambda case: True,
     compile: bool = False,
 ) -> list[tuple[Bench, Case]]:
-    """Every case of every declaration, the main ones first. torch.compile: on a GPU beside the main cases; `compile`: beside all."""
+    """Every case of every declaration, the main ones first. On a GPU peers are compiled for these and where the case says so; with
+    `compile` for all of them."""
     cases = [(bench, case) for bench in benches for case in bench.cases(device, quick) if keep(case)]
     cases.sort(key=lambda pair: not pair[1].main)
     return [
-        (bench, replace(case, compile=compile or (device == "cuda" and case.main and not quick)))
+        (bench, replace(case, compile=compile or (device == "cuda" and not quick and (case.main or case.compile))))
         for bench, case in cases
     ]
 

@@ -27,11 +27,15 @@ def module(name: str):
     return found
 
 
-def gpu_module(name: str, t: Inputs):
-    """Of a peer that has kernels for GPUs only."""
-    found = module(name)
+def gpu_only(t: Inputs) -> None:
+    """For a peer whose kernels are for GPUs, or whose CPU path is another peer's."""
     if not any(torch.is_tensor(x) and x.is_cuda for x in t.values()):
-        raise Absent(f"{name} wants a GPU")
+        raise Absent("measured on GPUs only")
+
+
+def gpu_module(name: str, t: Inputs):
+    found = module(name)
+    gpu_only(t)
     return found
 
 
