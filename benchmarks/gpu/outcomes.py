@@ -62,12 +62,9 @@ def read(path: Path) -> dict:
     """Counts, the failures with their messages, the reasons of skips; the last line of a killed run may be half."""
     entries = [json.loads(line) for line in path.read_text().split("\n")[:-1]]
     by_test: dict[str, dict] = {}
-    for entry in entries:
-        worse = by_test.get(entry["test"], {}).get("outcome") in (
-            FAILED,
-            SKIPPED,
-        )  # set-up, call and tear-down report each
-        if not worse or entry["outcome"] == FAILED:
+    for entry in entries:  # set-up, call and tear-down report each; the first failure tells the cause
+        before = by_test.get(entry["test"], {}).get("outcome")
+        if before is None or (before != FAILED and entry["outcome"] == FAILED):
             by_test[entry["test"]] = entry
     counts = Counter(entry["outcome"] for entry in by_test.values())
     failures = [f"{_short(e['test'])}: {e['message']}" for e in by_test.values() if e["outcome"] == FAILED]

@@ -343,7 +343,8 @@ def test_outcomes_of_a_run(tmp_path):
     argv += ["--continue-on-collection-errors", "--rootdir", str(tmp_path), str(tmp_path)]
     status = subprocess.run(argv, cwd=ROOT, capture_output=True).returncode
     with file.open("a") as half:
-        half.write('{"test": "test_x", "outc')
+        crash = {"test": "test_sample.py::test_bad", "outcome": "failed", "seconds": 0, "message": "worker crashed"}
+        half.write(json.dumps(crash) + '\n{"test": "test_x", "outc')
     found = outcomes.read(file)
     assert status == 1 and found["explained"]
     assert found["counts"] == {"passed": 1, "failed": 4, "skipped": 1, "lacking": 1}
