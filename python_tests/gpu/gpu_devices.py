@@ -62,7 +62,7 @@ class Rehearsal:
 
     kind = "cpu"
     repeats = 2
-    many = 1 << 12
+    many = 1 << 11
 
     @staticmethod
     def synchronize() -> None:

@@ -38,7 +38,8 @@ KEPT = {"dropout": kept_of_dropout, "dropout_add": kept_of_add, "dropout_add_lay
 @pytest.mark.parametrize("step", [0, 1, 2**33 + 5])
 @pytest.mark.parametrize(("device", "op", "impl"), targets(*KEPT))
 def test_row_masks(device, op, impl, step):
-    for rows, columns in ((37, 333), (70_000, 64)) if device is Cuda else ((37, 333),):
+    few = (9, 70) if device is not Cuda and impl == "triton" else (37, 333)
+    for rows, columns in (few, (70_000, 64)) if device is Cuda else (few,):
         wanted = philox.row_bytes(rng_on("cpu", step), SITE, rows, columns) >= THRESHOLD
         x = torch.ones(rows, columns, device=device.kind, requires_grad=True)
         for kept in KEPT[op](x, rng=rng_on(device.kind, step), site=SITE, impl=impl):
@@ -51,7 +52,7 @@ def test_row_masks(device, op, impl, step):
 def test_embedding_masks(device, op, impl):
     """Half is dropped, so that factors are 0 and 2: with powers of two as incoming gradients, the bits of the bias' gradient are a column
     of decisions."""
-    tokens, columns, rng = 20, 333, rng_on(device.kind)
+    tokens, columns, rng = 20, 333 if device is Cuda or impl != "triton" else 40, rng_on(device.kind)
     index = torch.arange(tokens, device=device.kind)
     tables = [
         torch.randn(tokens, columns, generator=torch.Generator().manual_seed(i)).to(device.kind) for i in range(3)
