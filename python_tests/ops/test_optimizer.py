@@ -381,6 +381,8 @@ BAD_INPUT = [
     (wrong(), {"norm": torch.ones(1)}, ValueError, r"norm must be a floating point scalar on cpu, got torch.float32 \[1\]"),
     (wrong(), {"found_inf": torch.tensor(1)}, ValueError, "found_inf must be a floating point scalar"),
     (wrong(), {"skipped": torch.zeros(3)}, ValueError, r"skipped must be \[2\]"),
+    (wrong(), {"skipped": torch.zeros(4)[::2]}, ValueError, r"skipped must be dense, .*strides \[2\]"),
+    (wrong(steps=torch.zeros(3, 1)), {}, ValueError, r"steps\[0\] must be \[3\]"),
     (wrong(), {"copies": [torch.zeros(3)]}, ValueError, "copies must have 4 entries as weights, got 1"),
     (wrong(), {"copies": [X, X, X, X]}, TypeError, r"copies\[0\] must be torch.bfloat16, got torch.float32"),
     (wrong(), {"impl": "fast"}, ValueError, "no such implementation"),

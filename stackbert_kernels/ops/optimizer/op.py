@@ -33,45 +33,53 @@ SCALARS = ("norm", "scale", "found_inf")
 
 
 def _check(weights, grads, exp_avg, exp_avg_sq, steps, copies, skipped, decay, scalars, numbers) -> None:
+    """Written out, for it runs each step on a hundred tensors."""
     if not weights:
         raise ValueError("adamw_: weights must name at least one tensor, got none")
-    like = {"grads": grads, "exp_avg": exp_avg, "exp_avg_sq": exp_avg_sq}
-    for name, given in {**like, "steps": steps, "decay": decay, "copies": copies or weights}.items():
+    like = {
+        "weights": weights,
+        "grads": grads,
+        "exp_avg": exp_avg,
+        "exp_avg_sq": exp_avg_sq,
+        "copies": copies or weights,
+    }
+    for name, given in {**like, "steps": steps, "decay": decay}.items():
         if len(given) != len(weights):
             raise ValueError(f"adamw_: {name} must have {len(weights)} entries as weights, got {len(given)}")
     dtype, device = weights[0].dtype, weights[0].device
     if not dtype.is_floating_point:
         raise TypeError(f"adamw_: weights must be floating point, got {dtype}")
-    for i, w in enumerate(weights):
-        _check_tensor(f"weights[{i}]", w, w.shape, dtype, device)
-        for name, given in like.items():
-            _check_tensor(f"{name}[{i}]", given[i], w.shape, dtype, device, dense=name != "grads")
-        if copies:
-            _check_tensor(f"copies[{i}]", copies[i], w.shape, torch.bfloat16, device)
-        rows = w.shape[:1] if steps[i].dim() else w.shape[:0]
-        _check_tensor(f"steps[{i}]", steps[i], rows, torch.float32, device)
-        size = w.numel() // max(1, steps[i].numel())
+    shapes = [w.shape for w in weights]
+    for name, given in like.items():
+        dense, wanted = name != "grads", torch.bfloat16 if given is copies else dtype
+        for i, t in enumerate(given):
+            if t.dtype != wanted or t.shape != shapes[i] or t.device != device or (dense and not t.is_contiguous()):
+                raise _refused(f"{name}[{i}]", t, wanted, shapes[i], device)
+    for i, t in enumerate(steps):
+        rows = shapes[i][: t.dim()]
+        if t.dim() > 1 or t.dtype != torch.float32 or t.shape != rows or t.device != device or not t.is_contiguous():
+            raise _refused(f"steps[{i}]", t, torch.float32, shapes[i][:1], device)
+        size = weights[i].numel() // max(1, t.numel())
         if not 0 <= decay[i] <= size:
             raise ValueError(f"adamw_: decay[{i}] must be in 0..{size}, the elements of a row, got {decay[i]}")
     for name, scalar in zip(SCALARS, scalars, strict=True):
         if scalar is not None and (scalar.dim() or not scalar.is_floating_point() or scalar.device != device):
             raise ValueError(f"adamw_: {name} must be a floating point scalar on {device}, got {_described(scalar)}")
     if skipped is not None:
-        _check_tensor("skipped", skipped, (2,), torch.float32, device)
+        fits = skipped.dtype == torch.float32 and skipped.shape == (2,) and skipped.device == device
+        if not fits or not skipped.is_contiguous():
+            raise _refused("skipped", skipped, torch.float32, (2,), device)
     for name, number in zip(NUMBERS, numbers, strict=True):
         if not 0.0 <= number < (1.0 if name.startswith("beta") else math.inf):
             raise ValueError(f"adamw_: {name} must be in [0, {1 if name.startswith('beta') else 'inf'}), got {number}")
 
 
-def _check_tensor(
-    name: str, tensor: Tensor, shape, dtype: torch.dtype, device: torch.device, dense: bool = True
-) -> None:
+def _refused(name: str, tensor: Tensor, dtype: torch.dtype, shape: Sequence[int], device: torch.device) -> Exception:
     if tensor.dtype != dtype:
-        raise TypeError(f"adamw_: {name} must be {dtype}, got {tensor.dtype}")
-    if tensor.shape != shape or tensor.device != device:
-        raise ValueError(f"adamw_: {name} must be {list(shape)} on {device}, got {_described(tensor)}")
-    if dense and not tensor.is_contiguous():
-        raise ValueError(f"adamw_: {name} must be dense, got {_described(tensor)} with strides {list(tensor.stride())}")
+        return TypeError(f"adamw_: {name} must be {dtype}, got {tensor.dtype}")
+    if tuple(tensor.shape) != tuple(shape) or tensor.device != device:
+        return ValueError(f"adamw_: {name} must be {list(shape)} on {device}, got {_described(tensor)}")
+    return ValueError(f"adamw_: {name} must be dense, got {_described(tensor)} with strides {list(tensor.stride())}")
 
 
 def _described(tensor: Tensor) -> str:
