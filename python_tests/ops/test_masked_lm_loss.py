@@ -2,18 +2,37 @@
 
 from __future__ import annotations
 
+import contextlib
+import weakref
 from typing import NamedTuple
 
 import pytest
 import torch
 import torch.nn.functional as F
 from oracle import assert_as_accurate_as_torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from stackbert_kernels import ops
+from stackbert_kernels.ops import _triton
 from stackbert_kernels.ops.masked_lm_loss import chunks, native
 from stackbert_kernels.ops.masked_lm_loss.op import _masked_lm_loss_fwd, _masked_lm_predictions
 
-IMPLEMENTATIONS = ["reference", "native"]
+IMPLEMENTATIONS = ["reference", "native", "triton"]
+DTYPES = {  # the interpreter of Triton cuts bfloat16 off instead of rounding it; float16 takes the same path on a GPU
+    "reference": (torch.float32, torch.bfloat16),
+    "native": (torch.float32, torch.bfloat16),
+    "triton": (torch.float32, torch.float16),
+}
+
+pytestmark = pytest.mark.filterwarnings(  # what NumPy says in the interpreter
+    "ignore:divide by zero encountered in log2:RuntimeWarning", "ignore:All-NaN slice encountered:RuntimeWarning"
+)
+
+
+def triton_kernel():
+    from stackbert_kernels.ops.masked_lm_loss import triton_kernel
+
+    return triton_kernel
 
 
 class Case(NamedTuple):
@@ -32,6 +51,7 @@ CASES = [
     Case(17, 24, 131, ignored=0.3),
     Case(50, 32, 1000, ignored=0.85),  # labels as transformers has them
     Case(33, 16, 300, size=1e4),
+    Case(7, 16, 2100, ignored=0.2),  # three blocks of words of a Triton program
 ]
 
 
@@ -73,10 +93,17 @@ def test_reference_matches_torch_in_float64(case):
         torch.testing.assert_close(actual, exact, rtol=1e-11, atol=1e-11)
 
 
-@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("case", CASES)
-def test_as_accurate_as_torch(case, dtype, impl):
+@pytest.mark.parametrize(
+    ("case", "impl", "dtype"),
+    [
+        (case, impl, dtype)
+        for case in CASES
+        for impl in DTYPES
+        for dtype in DTYPES[impl]  # logits beyond float16; or so few that torch's error is luck
+        if dtype != torch.float16 or (case.size == 1 and case.rows > 16)
+    ],
+)
+def test_as_accurate_as_torch(case, impl, dtype):
     x, dloss = inputs(case, dtype), torch.tensor(1.7)
     got, exact = ours(*x, dloss, impl), torchs(*doubles(x), dloss.double())
     assert got[0].dtype == torch.float32
@@ -91,6 +118,8 @@ def test_chunk_borders_do_not_show(budget, impl, monkeypatch):
     x, dloss = inputs(Case(23, 24, 131, ignored=0.2), torch.float32), torch.tensor(1.0)
     exact = torchs(*doubles(x), dloss.double())
     monkeypatch.setattr(chunks, "LOGITS_BYTES", budget)
+    if impl == "triton":
+        monkeypatch.setattr(triton_kernel(), "PADDED_LOGITS_BYTES", budget)
     for actual, e in zip(ours(*x, dloss, impl), exact, strict=True):
         torch.testing.assert_close(actual.double(), e, rtol=1e-5, atol=1e-6)
 
@@ -101,7 +130,16 @@ def test_logits_stay_within_the_budget(monkeypatch):
     assert sizes == [7, 7, 6]
 
 
-@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+@pytest.mark.parametrize(
+    ("rows", "sizes"), [(0, []), (3, [3]), (16, [16]), (32, [32]), (33, [32, 1]), (70, [32, 32, 6])]
+)
+def test_chunks_of_whole_tiles(rows, sizes):
+    """At most 40 rows; of the equal sizes that would do, the next multiple of 16."""
+    walk = chunks.logits_by_chunk(torch.randn(rows, 4), torch.randn(100, 4), None, 40 * 100 * 4, 16)
+    assert [len(logits) for _, logits in walk] == sizes
+
+
+@pytest.mark.parametrize("impl", ["reference", "native"])
 def test_autocast_takes_float32_parameters_with_bfloat16_hidden(impl):
     x = inputs(Case(40, 32, 200, ignored=0.1), torch.bfloat16, weight_dtype=torch.float32)
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -160,7 +198,12 @@ def test_only_wanted_gradients_are_made(learns, impl):
         tensor.requires_grad_(learn)
     ops.masked_lm_loss(*tensors, labels, impl=impl).backward()
     for tensor, learn, gradient in zip(tensors, learns, full, strict=True):
-        assert torch.equal(tensor.grad, gradient) if learn else tensor.grad is None
+        if not learn:
+            assert tensor.grad is None
+        elif impl == "triton":  # has another kernel for a frozen bias, with the sums in another order
+            torch.testing.assert_close(tensor.grad, gradient, rtol=1e-5, atol=1e-7)
+        else:
+            assert torch.equal(tensor.grad, gradient)
 
 
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)
@@ -210,6 +253,158 @@ def test_a_nan_shows_in_the_loss(impl):
     with torch.no_grad():
         hidden[3, 2] = float("nan")
     assert ops.masked_lm_loss(hidden, weight, bias, labels, impl=impl).isnan()
+
+
+@pytest.mark.parametrize("learns", [(True, True, True), (True, True, False)])
+def test_triton_with_a_vocabulary_beyond_its_registers(learns, monkeypatch):
+    """A row a program, then; the sums over rows are torch's."""
+    monkeypatch.setattr(triton_kernel(), "CONFIGURATIONS", {80: triton_kernel().Configuration(4, 4, 2, 4, 32)})
+    *tensors, labels = x = inputs(Case(9, 8, 2100, ignored=0.2), torch.float32)
+    exact = torchs(*doubles(x), torch.tensor(1.0))
+    for tensor, learn in zip(tensors, learns, strict=True):
+        tensor.requires_grad_(learn)
+    ops.masked_lm_loss(*tensors, labels, impl="triton").backward()
+    for tensor, learn, e in zip(tensors, learns, exact[1:], strict=True):
+        if learn:
+            torch.testing.assert_close(tensor.grad.double(), e, rtol=1e-5, atol=1e-6)
+        else:
+            assert tensor.grad is None
+
+
+@pytest.mark.parametrize("wrong", [-1, 30, 64, 2**32 + 5, -(2**63)])
+def test_triton_answers_a_label_that_is_no_word_with_nan(wrong, monkeypatch):
+    """As on a GPU, where the host does not look at the labels: nothing outside of the row is read, and only its gradient is lost."""
+    monkeypatch.setattr(chunks, "check_labels", lambda *_: None)
+    hidden, weight, bias, labels = inputs(Case(6, 8, 30), torch.float32)
+    clean = torch.autograd.grad(ops.masked_lm_loss(hidden, weight, bias, labels, impl="triton"), hidden)[0]
+    labels[2] = wrong
+    loss = ops.masked_lm_loss(hidden, weight, bias, labels, impl="triton")
+    assert loss.isnan()
+    got = torch.autograd.grad(loss, hidden)[0]
+    assert got[2].isnan().all()
+    rest = torch.arange(6) != 2
+    assert torch.equal(got[rest], clean[rest])
+    total, _, count = ops.masked_lm_predictions(hidden, weight, bias, labels, impl="triton")
+    assert total.isnan() and count == 6
+
+
+@pytest.mark.parametrize("need_bias", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("vocabulary", [16, 64, 1040])
+def test_triton_writes_inside_its_logits_and_all_of_them(vocabulary, dtype, need_bias):
+    rows, guard = 7, 64
+    buffers = [
+        torch.full((n + 2 * guard,), torch.nan, dtype=t) for n, t in ((rows * vocabulary, dtype), (rows, torch.float32))
+    ]
+    logits, losses = (b[guard:-guard] for b in buffers)
+    logits.copy_(torch.randn(rows * vocabulary))
+    labels = torch.randint(0, vocabulary, (rows,))
+    labels[0], labels[1] = vocabulary - 1, -100
+    cross_entropy = triton_kernel()._CrossEntropy(labels, vocabulary, -100, torch.tensor(6.0))
+    sums = cross_entropy(logits.view(rows, vocabulary), slice(0, rows), losses, True, need_bias)
+    for buffer in buffers:
+        assert buffer[:guard].isnan().all() and buffer[-guard:].isnan().all()
+        assert not buffer[guard:-guard].isnan().any()
+    gradient = logits.view(rows, vocabulary).double()
+    assert (gradient[1] == 0).all() and losses[1] == 0
+    assert gradient.sum(1).abs().max() < vocabulary * torch.finfo(dtype).eps / 6
+    if need_bias:
+        torch.testing.assert_close(sums.double(), gradient.sum(0), rtol=0, atol=rows * torch.finfo(dtype).eps / 6)
+
+
+class Allocations(TorchDispatchMode):
+    """The storages that are alive after each operation."""
+
+    def __init__(self):
+        super().__init__()
+        self.alive, self.history = {}, []
+
+    def __torch_dispatch__(self, function, types, arguments=(), keywords=None):
+        result = function(*arguments, **(keywords or {}))
+        tensors = result if isinstance(result, (tuple, list)) else (result,)
+        for storage in (tensor.untyped_storage() for tensor in tensors if torch.is_tensor(tensor)):
+            self.alive.setdefault(storage._cdata, (weakref.ref(storage), storage.nbytes()))
+        self.alive = {key: held for key, held in self.alive.items() if held[0]() is not None}
+        self.history.append({key: nbytes for key, (_, nbytes) in self.alive.items()})
+        return result
+
+    def peak(self, *without: torch.Tensor) -> int:
+        """Most bytes at a time that are not of these tensors."""
+        apart = {tensor.untyped_storage()._cdata for tensor in without}
+        return max(sum(nbytes for key, nbytes in alive.items() if key not in apart) for alive in self.history)
+
+
+@pytest.mark.parametrize("adds_in_float32", [True, False])
+@pytest.mark.parametrize("vocabulary", [30528, 30522])
+@pytest.mark.parametrize(
+    ("dtype", "weight_dtype"),
+    [(torch.bfloat16, torch.bfloat16), (torch.bfloat16, torch.float32), (torch.float32, torch.float32)],
+)
+def test_triton_needs_less_than_256_mb(dtype, weight_dtype, vocabulary, adds_in_float32, monkeypatch):
+    """Beyond its inputs and their gradients, for 9,830 rows of BERT-base: what is allocated when, without memory (the meta device) and with
+    kernels that do nothing. What cuBLAS keeps for itself is not counted."""
+    from stackbert_kernels.ops import _triton_column_sums
+
+    class Nothing:
+        def __getitem__(self, grid):
+            return lambda *_, **__: None
+
+    for module, name in (
+        (triton_kernel(), "cross_entropy_kernel"),
+        (triton_kernel(), "cross_entropy_row_kernel"),
+        (_triton_column_sums, "column_sums_kernel"),
+    ):
+        monkeypatch.setattr(module, name, Nothing())
+    monkeypatch.setattr(torch, "autocast", lambda *_, **__: contextlib.nullcontext())  # knows no meta device
+    monkeypatch.setattr(_triton, "multiprocessors", lambda device: 148)  # of a B200: the most there are
+    monkeypatch.setattr(chunks, "_adds_in_float32", lambda: adds_in_float32)
+    hidden = torch.empty(9830, 768, dtype=dtype, device="meta")
+    weight = torch.empty(vocabulary, 768, dtype=weight_dtype, device="meta")
+    bias, labels = weight.new_empty(vocabulary), torch.empty(9830, dtype=torch.int64, device="meta")
+    with Allocations() as allocations:
+        gradients = triton_kernel().masked_lm_loss_fwd(hidden, weight, bias, labels, -100, True, True, True)
+    peak = allocations.peak(hidden, weight, bias, labels, *gradients)
+    assert 100e6 < peak < 256e6  # a chunk of logits is more than the lower bound, so this is not blind
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no CUDA device")
+@pytest.mark.parametrize("impl", ops.available()["masked_lm_loss"]["cuda"])
+@pytest.mark.parametrize("weight_dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("vocabulary", [30528, 30522, 50265])
+def test_cuda(impl, weight_dtype, vocabulary, monkeypatch):
+    """Several chunks, with what only a GPU has: bfloat16 that rounds, sums of products in float32."""
+    if impl == "triton":
+        monkeypatch.setattr(triton_kernel(), "LOGITS_BYTES", 100 << 17)
+        monkeypatch.setattr(triton_kernel(), "PADDED_LOGITS_BYTES", 100 << 17)
+    x, dloss = inputs(Case(500, 64, vocabulary, ignored=0.1), torch.bfloat16, weight_dtype), torch.tensor(1.7)
+    x = Inputs(*(t.detach().cuda().requires_grad_() for t in x[:3]), x.labels.cuda())
+    got, exact = ours(*x, dloss.cuda(), impl), torchs(*doubles(x), dloss.cuda().double())
+    low = [t.detach().bfloat16().requires_grad_() for t in x[:3]]
+    baseline = torchs(*low, x.labels, dloss.cuda())
+    for name, actual, e, b in zip(["loss", "dhidden", "dweight", "dbias"], got, exact, baseline, strict=True):
+        assert_as_accurate_as_torch(name, actual, e, b, slack=2.0 if name == "loss" else 3.0)
+    again = ours(*x, dloss.cuda(), impl)
+    assert all(torch.equal(a, b) for a, b in zip(got, again, strict=True))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no CUDA device")
+def test_cuda_memory():
+    if "triton" not in ops.available()["masked_lm_loss"]["cuda"]:
+        pytest.skip("no triton here")
+    hidden = torch.randn(9830, 768, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+    weight = torch.randn(30528, 768, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+    bias = torch.zeros(30528, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+    labels = torch.randint(0, 30528, (9830,), device="cuda")
+    gradients = sum(t.nbytes for t in (hidden, weight, bias))
+    for _ in range(2):  # the first call also allocates what cuBLAS keeps
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        loss = ops.masked_lm_loss(hidden, weight, bias, labels, impl="triton")
+        most = torch.cuda.max_memory_allocated() - before
+        del loss
+    assert most - gradients < 256e6
 
 
 @pytest.mark.parametrize("vocabulary", [15, 64, 131])
@@ -266,8 +461,7 @@ def test_threads_and_repetition_do_not_change_the_cross_entropy(dtype):
     assert all(torch.equal(a, b) for other in results[1:] for a, b in zip(results[0], other, strict=True))
 
 
-@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("impl", "dtype"), [(impl, dtype) for impl in DTYPES for dtype in DTYPES[impl]])
 def test_predictions(dtype, impl, monkeypatch):
     monkeypatch.setattr(chunks, "LOGITS_BYTES", 7 * 37 * 4)
     hidden, weight, bias, labels = inputs(Case(60, 8, 37, ignored=0.2), dtype)
@@ -289,12 +483,13 @@ def test_the_first_of_equal_words_is_the_prediction(impl):
     assert correct.item() == 1
 
 
-def test_strided_inputs():
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+def test_strided_inputs(impl):
     x = inputs(Case(12, 16, 30), torch.float32)
     hidden, weight = x.hidden.detach().repeat_interleave(2, 1)[:, ::2], x.weight.detach().t().contiguous().t()
     labels = x.labels.repeat_interleave(2)[::2]
-    expected = ops.masked_lm_loss(*x)
-    torch.testing.assert_close(ops.masked_lm_loss(hidden, weight, x.bias.detach(), labels), expected)
+    expected = ops.masked_lm_loss(*x, impl=impl)
+    torch.testing.assert_close(ops.masked_lm_loss(hidden, weight, x.bias.detach(), labels, impl=impl), expected)
 
 
 @pytest.mark.parametrize(
@@ -309,7 +504,11 @@ def test_strided_inputs():
         ({"labels": torch.zeros(2, dtype=torch.int32)}, TypeError, "labels must be int64, got torch.int32"),
         ({"labels": torch.tensor([0, 5])}, ValueError, r"labels must be in \[0, 5\) or ignore_index, got 5"),
         ({"labels": torch.tensor([-1, 0])}, ValueError, r"labels must be in \[0, 5\) or ignore_index, got -1"),
-        ({"impl": "triton"}, ValueError, "no triton implementation on cpu; usable: native, reference"),
+        (
+            {"hidden": torch.ones(2, 3).double(), "weight": torch.ones(5, 3), "impl": "triton"},
+            ValueError,
+            "triton takes float32, bfloat16 and float16, got float64; usable: reference",
+        ),
     ],
 )
 def test_bad_arguments(change, error, message):

@@ -24,21 +24,20 @@ def masked_lm_loss_fwd(
     bias32 = bias.to(torch.float32).contiguous()
 
     def cross_entropy_(
-        logits: Tensor, rows: slice, need_dlogits: bool, need_bias: bool
-    ) -> tuple[Tensor, Tensor | None]:
-        losses = torch.empty(logits.shape[0])
+        logits: Tensor, rows: slice, losses: Tensor, need_dlogits: bool, need_bias: bool
+    ) -> Tensor | None:
         parts = None
         if need_bias:
             parts = torch.empty(-(-logits.shape[0] // _C.CROSS_ENTROPY_ROWS), logits.shape[1])
         _cross_entropy(logits, bias32, labels[rows], losses, parts, None, need_dlogits, 1 / count)
-        return losses, None if parts is None else parts.sum(0)
+        return None if parts is None else parts.sum(0)
 
     loss, dhidden, dweight, dbias = chunks.forward(
-        hidden_kept, weight, bias, count, need_hidden, need_weight, need_bias, cross_entropy_
+        hidden_kept, weight.to(hidden.dtype), None, count, need_hidden, need_weight, need_bias, cross_entropy_
     )
     if need_hidden and kept is not None:
         dhidden = torch.zeros(hidden.shape, dtype=hidden.dtype).index_copy_(0, kept, dhidden)
-    return loss, dhidden, dweight, dbias
+    return loss, dhidden, dweight.to(weight.dtype), dbias.to(bias.dtype)
 
 
 def masked_lm_predictions(

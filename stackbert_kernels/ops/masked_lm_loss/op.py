@@ -12,13 +12,23 @@ from torch import Tensor
 from stackbert_kernels.ops import _library as library
 from stackbert_kernels.ops.masked_lm_loss import native, reference
 
+TRITON = "stackbert_kernels.ops.masked_lm_loss.triton_kernel"
+triton_fwd, triton_predictions = (
+    library.lazy(TRITON, "masked_lm_loss_fwd"),
+    library.lazy(TRITON, "masked_lm_predictions"),
+)
+
 TABLE = {
-    "cpu": {"reference": reference.masked_lm_loss_fwd, "native": native.masked_lm_loss_fwd},
-    "cuda": {"reference": reference.masked_lm_loss_fwd},
+    "cpu": {"reference": reference.masked_lm_loss_fwd, "native": native.masked_lm_loss_fwd, "triton": triton_fwd},
+    "cuda": {"reference": reference.masked_lm_loss_fwd, "triton": triton_fwd},
 }
 PREDICTIONS = {
-    "cpu": {"reference": reference.masked_lm_predictions, "native": native.masked_lm_predictions},
-    "cuda": {"reference": reference.masked_lm_predictions},
+    "cpu": {
+        "reference": reference.masked_lm_predictions,
+        "native": native.masked_lm_predictions,
+        "triton": triton_predictions,
+    },
+    "cuda": {"reference": reference.masked_lm_predictions, "triton": triton_predictions},
 }
 
 
@@ -113,7 +123,8 @@ def masked_lm_loss(
         hidden   [R, C]  the matrix products run in its dtype, autocast or not
         weight   [V, C]  hidden's dtype or float32; its gradient is summed in float32
         bias     [V]     hidden's dtype or float32; -inf takes a word (a padded row of weight) out: no probability, no gradient
-        labels   [R]     int64, in [0, V) or ignore_index; another value is a ValueError on the CPU
+        labels   [R]     int64, in [0, V) or ignore_index; another value is a ValueError on the CPU. On a GPU nobody waits to look: triton
+                         makes the loss and the row's gradient NaN, reference stops with torch's device-side assertion
         returns  []      float32 (float64 for float64)
 
     Rows with ignore_index are not read and get zero gradients. Without any other row the loss is 0, where F.cross_entropy gives
