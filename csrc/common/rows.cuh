@@ -95,8 +95,8 @@ STACKBERT_DEVICE float warp_sum(float x) {
   return x;
 }
 
-// Over all kWarps warps of a block, in the same order in each of them. `scratch` is free again after the next barrier
-// that follows a second call: two calls in a row must not share it.
+// Over all kWarps warps of a block, in the same order in each of them. Two calls in a row need two places: a barrier of
+// the block has to come between one call's reads of `scratch` and the next one's writes to it.
 template <int kWarps>
 STACKBERT_DEVICE float block_sum(float x, ptx::Shared<float> scratch) {
   x = warp_sum(x);

@@ -181,6 +181,7 @@ __global__ void __launch_bounds__(32 * kBackwardWarps<R>)
         of_g += dy[e], of_g_xhat += dy[e] * z[e];
       }
     }
+    // Two sums in turn, in two places: the barrier within each stands between the other's reads and its next writes.
     const float mean_g = block_sum<R::kWarps>(of_g, scratch) / static_cast<float>(columns);
     const float mean_g_xhat = block_sum<R::kWarps>(of_g_xhat, scratch + R::kWarps) / static_cast<float>(columns);
 
@@ -199,7 +200,6 @@ __global__ void __launch_bounds__(32 * kBackwardWarps<R>)
       R::Vector::from_floats(dz).store(static_cast<typename R::T*>(a.dresidual) + row * columns + c);
       if (a.dx) R::Vector::from_floats(dx).store(static_cast<typename R::T*>(a.dx) + row * columns + c);
     }
-    if constexpr (R::kWarps > 1) ptx::block_sync();  // the next row's sums use the scratch again
   }
 
   // The rows of a block, one after the other, so that the sums have one order.

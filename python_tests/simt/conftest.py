@@ -1,7 +1,10 @@
+from pathlib import Path
+
 import pytest
 from simt import twin as host
 
 
 @pytest.fixture(scope="session")
-def twin():
-    return host.build(host.ROOT / "build" / "simt")
+def twin(request):
+    given = request.config.getoption("--twin")
+    return host.load(Path(given) if given else host.build(host.ROOT / "build" / "simt"))

@@ -24,8 +24,8 @@ ROOT = Path(__file__).parents[2]
 SEEDS = range(8)
 
 
-def build(folder: Path, csrc: Path = ROOT / "csrc") -> object:
-    """The module `_simt` of these sources, compiled in `folder`: only what changed since it was there last."""
+def build(folder: Path, csrc: Path = ROOT / "csrc") -> Path:
+    """The module `_simt` of these sources, compiled in `folder`: only what changed since it was there last. One process loads one."""
     folder.mkdir(parents=True, exist_ok=True)
     configure = ["cmake", "-S", csrc / "simt", "-B", folder, "-G", "Ninja", f"-DCSRC={csrc}"]
     configure += [f"-DPython_EXECUTABLE={sys.executable}", f"-Dpybind11_DIR={pybind11.get_cmake_dir()}"]
@@ -34,7 +34,7 @@ def build(folder: Path, csrc: Path = ROOT / "csrc") -> object:
         if ran.returncode:
             raise RuntimeError(f"{' '.join(map(str, command))}\n{ran.stdout}\n{ran.stderr}")
     (file,) = folder.glob("_simt.*.so")
-    return load(file)
+    return file
 
 
 def load(file: Path) -> object:
