@@ -48,9 +48,6 @@ py::dict build_info() {
 #endif
   return info;
 }
-using Rows = std::tuple<Address, int64_t, int64_t, int64_t>;  // address, strides of sequence, token, head
-
-HeadRows head_rows(const Rows& x) { return {pointer(std::get<0>(x)), std::get<1>(x), std::get<2>(x), std::get<3>(x)}; }
 
 // Checks and gathers attention's arguments; false where there is nothing to do.
 bool attention_arguments(Attention& a, const Rows& q, const Rows& k, const Rows& v, const Rows& out, const Rows& lse,

@@ -8,8 +8,10 @@
 #include <initializer_list>
 #include <stdexcept>
 #include <string>
+#include <tuple>
 #include <vector>
 
+#include "attention/attention.h"
 #include "common/dtype.h"
 #include "duplicate_layers/duplicate_layers.h"
 #include "layer_norm/layer_norm.h"
@@ -80,6 +82,12 @@ inline SumInputs sum_inputs(const char* op, Address x, Address residual, Address
   return {
       pointer(x), pointer(residual), pointer<const float>(x_bias), rows, columns, dtype, pointer<const int64_t>(rng),
       site,       threshold};
+}
+
+using Rows = std::tuple<Address, int64_t, int64_t, int64_t>;  // address, strides of sequence, token, head
+
+inline HeadRows head_rows(const Rows& x) {
+  return {pointer(std::get<0>(x)), std::get<1>(x), std::get<2>(x), std::get<3>(x)};
 }
 
 // The CUDA kernels' functions, named as the CPU's with _cuda behind: instead of threads they take device and stream.

@@ -12,6 +12,63 @@ namespace py = pybind11;
 
 namespace stackbert {
 
+namespace {
+
+// 16-byte accesses: what the addresses and strides of `x` must be multiples of.
+void check_aligned(const char* op, const char* name, const Rows& x) {
+  const int64_t bytes = 2 * (std::get<1>(x) | std::get<2>(x) | std::get<3>(x)) | static_cast<int64_t>(std::get<0>(x));
+  if (bytes % 16 != 0) throw std::invalid_argument(std::string(op) + ": rows of " + name + " must begin on 16 bytes");
+}
+
+// Lengths lie on the device, where nothing checks them but the op's caller.
+Attention attention_cuda_arguments(const Rows& q, const Rows& k, const Rows& v, const Rows& out, const Rows& lse,
+                                   Address seqlens, Address order, bool packed, int64_t tokens, int64_t sequences,
+                                   int64_t max_seqlen, int64_t heads, int64_t head_dim, int dtype, float scale,
+                                   Address rng, uint32_t site, int threshold) {
+  const char* op = "attention";
+  check_sizes(op, {tokens, sequences, max_seqlen, heads});
+  check_threshold(op, threshold);
+  if (head_dim != 32 && head_dim != 64 && head_dim != 128)
+    throw std::invalid_argument("attention: head_dim must be 32, 64 or 128, got " + std::to_string(head_dim));
+  const DType type = cuda_dtype(op, dtype);
+  if (type == DType::kFloat32)
+    throw std::invalid_argument("attention: dtype must be 1 (bfloat16) or 2 (float16), got 0");
+  if (sequences > 0 && heads > 0 && tokens > 0 && max_seqlen > 0)
+    check_addresses(op, {std::get<0>(q), std::get<0>(k), std::get<0>(v), std::get<0>(out), seqlens, order, rng});
+  check_aligned(op, "q", q), check_aligned(op, "k", k), check_aligned(op, "v", v), check_aligned(op, "out", out);
+  return {head_rows(q),
+          head_rows(k),
+          head_rows(v),
+          head_rows(out),
+          pointer<float>(std::get<0>(lse)),
+          std::get<1>(lse),
+          std::get<3>(lse),
+          pointer<const int32_t>(seqlens),
+          pointer<const int32_t>(order),
+          packed,
+          sequences,
+          max_seqlen,
+          heads,
+          head_dim,
+          type,
+          scale,
+          pointer<const int64_t>(rng),
+          site,
+          threshold,
+          nullptr,
+          0};
+}
+
+bool nothing_to_do(const Attention& a) { return a.sequences == 0 || a.heads == 0 || a.max_seqlen == 0; }
+
+}  // namespace
+
+#define ATTENTION_ARGUMENTS                                                                                           \
+  py::arg("q"), py::arg("k"), py::arg("v"), py::arg("out"), py::arg("lse"), py::arg("seqlens"), py::arg("order"),     \
+      py::arg("packed"), py::arg("tokens"), py::arg("sequences"), py::arg("max_seqlen"), py::arg("heads"),            \
+      py::arg("head_dim"), py::arg("dtype"), py::arg("scale"), py::arg("rng"), py::arg("site"), py::arg("threshold"), \
+      py::arg("device"), py::arg("stream"), py::call_guard<py::gil_scoped_release>()
+
 void bind_cuda(py::module_& m) {
   m.def(
       "duplicate_layers_cuda",
@@ -23,6 +80,17 @@ void bind_cuda(py::module_& m) {
       },
       py::arg("bank"), py::arg("row_bytes"), py::arg("row_stride"), py::arg("map"), py::arg("device"),
       py::arg("stream"));
+
+  m.def(
+      "attention_forward_cuda",
+      [](const Rows& q, const Rows& k, const Rows& v, const Rows& out, const Rows& lse, Address seqlens, Address order,
+         bool packed, int64_t tokens, int64_t sequences, int64_t max_seqlen, int64_t heads, int64_t head_dim, int dtype,
+         float scale, Address rng, uint32_t site, int threshold, int device, Address stream) {
+        const Attention a = attention_cuda_arguments(q, k, v, out, lse, seqlens, order, packed, tokens, sequences,
+                                                     max_seqlen, heads, head_dim, dtype, scale, rng, site, threshold);
+        if (!nothing_to_do(a)) cuda::attention_forward(a, device, pointer(stream));
+      },
+      ATTENTION_ARGUMENTS);
 
   m.attr("LAYER_NORM_COLUMNS") = cuda::kMaxCudaColumns;
   m.def("layer_norm_bwd_workspace_cuda", &cuda::layer_norm_bwd_workspace, py::arg("rows"), py::arg("columns"),

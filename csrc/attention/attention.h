@@ -52,6 +52,12 @@ inline int64_t attention_scratch(int64_t max_seqlen, int64_t head_dim, bool back
                   : 2 * s * d + 2 * kQueryBlock * d + scores + mask;
 }
 
+// On a GPU: 16-bit dtypes, head dimensions 32, 64 and 128, every row 16-byte aligned; `scratch` and `threads` unused,
+// `order` of forward.order on the device, as seqlens are. Lengths are read there alone.
+namespace cuda {
+void attention_forward(const Attention& a, int device, void* stream);
+}  // namespace cuda
+
 STACKBERT_CPU_KERNEL(attention_forward, Attention)
 STACKBERT_CPU_KERNEL(attention_backward, AttentionBackward)
 

@@ -2,6 +2,7 @@
 // collectives compute what the ISA says from all lanes' operands, in its fragment layouts.
 #pragma once
 
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
@@ -19,6 +20,10 @@
 #define blockIdx (::stackbert::simt::block_index())
 #define blockDim (::stackbert::simt::block_size())
 #define gridDim (::stackbert::simt::grid_size())
+
+using std::fmaxf;
+using std::max;
+using std::min;
 
 namespace stackbert {
 namespace ptx {

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from stackbert_kernels.ops import _library as library
 from stackbert_kernels.ops._library import _C, NATIVE_DTYPES, empty_like
 from stackbert_kernels.ops.attention.reference import lse_shape
 
@@ -43,37 +44,57 @@ def qkv_backward(dout, qkv, out, lse, seqlens, max_seqlen, scale, rng, site, thr
     return dqkv
 
 
-def _run(kernel, gradients, q, k, v, out, lse, seqlens, max_seqlen, scale, rng, site, threshold, isa="best") -> None:
+def _arguments(q, k, v, out, lse, seqlens, max_seqlen, scale, rng, site, threshold) -> tuple[dict, Tensor]:
+    """What kernels on either device take, and the order of the sequences, which is to be kept until they are launched."""
     packed = q.dim() == 3
     lengths = seqlens.diff() if packed else seqlens
     order = lengths.argsort(descending=True, stable=True).to(torch.int32)
+    return {
+        "q": _rows(q),
+        "k": _rows(k),
+        "v": _rows(v),
+        "out": _rows(out),
+        "lse": _rows(lse.unsqueeze(-1).transpose(-2, -3)) if lse.numel() else (0, 0, 0, 0),
+        "seqlens": seqlens.data_ptr(),
+        "order": order.data_ptr(),
+        "packed": packed,
+        "tokens": q.shape[-3],
+        "sequences": len(lengths),
+        "max_seqlen": max_seqlen,
+        "heads": q.shape[-2],
+        "head_dim": q.shape[-1],
+        "dtype": NATIVE_DTYPES[q.dtype],
+        "scale": scale,
+        "rng": rng.data_ptr(),
+        "site": site,
+        "threshold": threshold,
+    }, order
+
+
+def _run(kernel, gradients, q, k, v, out, lse, seqlens, max_seqlen, *settings, isa="best") -> None:
+    arguments, order = _arguments(q, k, v, out, lse, seqlens, max_seqlen, *settings)
     threads = torch.get_num_threads()
     floats = _C.attention_scratch(max_seqlen, q.shape[-1], bool(gradients))
     scratch = torch.empty(threads * floats, dtype=torch.float32)
-    kernel(
-        *gradients,
-        q=_rows(q),
-        k=_rows(k),
-        v=_rows(v),
-        out=_rows(out),
-        lse=_rows(lse.unsqueeze(-1).transpose(-2, -3)) if lse.numel() else (0, 0, 0, 0),
-        seqlens=seqlens.data_ptr(),
-        order=order.data_ptr(),
-        packed=packed,
-        tokens=q.shape[-3],
-        sequences=len(lengths),
-        max_seqlen=max_seqlen,
-        heads=q.shape[-2],
-        head_dim=q.shape[-1],
-        dtype=NATIVE_DTYPES[q.dtype],
-        scale=scale,
-        rng=rng.data_ptr(),
-        site=site,
-        threshold=threshold,
-        scratch=scratch.data_ptr(),
-        threads=threads,
-        isa=isa,
-    )
+    kernel(*gradients, **arguments, scratch=scratch.data_ptr(), threads=threads, isa=isa)
+    del order
+
+
+def forward_cuda(q, k, v, seqlens, max_seqlen, scale, rng, site, threshold, with_lse) -> tuple[Tensor, Tensor]:
+    q, k, v = _aligned(q), _aligned(k), _aligned(v)
+    out = empty_like(q)
+    lse = q.new_empty(lse_shape(q) if with_lse else (0,), dtype=torch.float32)
+    arguments, order = _arguments(q, k, v, out, lse, seqlens, max_seqlen, scale, rng, site, threshold)
+    library.launch("attention_forward_cuda", q, **arguments)
+    del order
+    return out, lse
+
+
+def _aligned(x: Tensor) -> Tensor:
+    """Every row on 16 bytes, which is what one access takes."""
+    strides = x.stride()[:-1]
+    dense = x.stride(-1) == 1 and x.data_ptr() % 16 == 0 and not any(s * x.element_size() % 16 for s in strides)
+    return x if dense else x.clone(memory_format=torch.contiguous_format)
 
 
 def _dense_last(x: Tensor) -> Tensor:
