@@ -91,6 +91,25 @@ void bind_cuda(py::module_& m) {
         if (!nothing_to_do(a)) cuda::attention_forward(a, device, pointer(stream));
       },
       ATTENTION_ARGUMENTS);
+  m.def(
+      "attention_backward_cuda",
+      [](const Rows& dout, const Rows& dq, const Rows& dk, const Rows& dv, Address delta, const Rows& q, const Rows& k,
+         const Rows& v, const Rows& out, const Rows& lse, Address seqlens, Address order, bool packed, int64_t tokens,
+         int64_t sequences, int64_t max_seqlen, int64_t heads, int64_t head_dim, int dtype, float scale, Address rng,
+         uint32_t site, int threshold, int device, Address stream) {
+        const char* op = "attention";
+        const Attention a = attention_cuda_arguments(q, k, v, out, lse, seqlens, order, packed, tokens, sequences,
+                                                     max_seqlen, heads, head_dim, dtype, scale, rng, site, threshold);
+        if (nothing_to_do(a)) return;
+        if (tokens > 0)
+          check_addresses(
+              op, {std::get<0>(dout), std::get<0>(dq), std::get<0>(dk), std::get<0>(dv), std::get<0>(lse), delta});
+        check_aligned(op, "dout", dout), check_aligned(op, "dq", dq), check_aligned(op, "dk", dk),
+            check_aligned(op, "dv", dv);
+        cuda::attention_backward({a, head_rows(dout), head_rows(dq), head_rows(dk), head_rows(dv)},
+                                 pointer<float>(delta), device, pointer(stream));
+      },
+      py::arg("dout"), py::arg("dq"), py::arg("dk"), py::arg("dv"), py::arg("delta"), ATTENTION_ARGUMENTS);
 
   m.attr("LAYER_NORM_COLUMNS") = cuda::kMaxCudaColumns;
   m.def("layer_norm_bwd_workspace_cuda", &cuda::layer_norm_bwd_workspace, py::arg("rows"), py::arg("columns"),

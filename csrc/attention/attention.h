@@ -56,6 +56,8 @@ inline int64_t attention_scratch(int64_t max_seqlen, int64_t head_dim, bool back
 // `order` of forward.order on the device, as seqlens are. Lengths are read there alone.
 namespace cuda {
 void attention_forward(const Attention& a, int device, void* stream);
+// `delta`: floats, laid out as forward.lse, for rowsum(out dout).
+void attention_backward(const AttentionBackward& a, float* delta, int device, void* stream);
 }  // namespace cuda
 
 STACKBERT_CPU_KERNEL(attention_forward, Attention)

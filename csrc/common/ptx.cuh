@@ -41,27 +41,30 @@ using Words4 = Vec<uint32_t, 4>;
 STACKBERT_DEVICE int lane() { return static_cast<int>(threadIdx.x % 32); }
 STACKBERT_DEVICE int warp() { return static_cast<int>(threadIdx.x / 32); }
 
-// A place in the block's shared memory.
+// A place in the block's shared memory, by its address there: half the registers of a generic pointer.
 template <typename T>
 class Shared {
  public:
-  explicit STACKBERT_DEVICE Shared(T* first) : first_(first) {}
-  STACKBERT_DEVICE Shared operator+(int64_t i) const { return Shared(first_ + i); }
-  STACKBERT_DEVICE T load(int64_t i = 0) const { return first_[i]; }
-  STACKBERT_DEVICE void store(int64_t i, T value) const { first_[i] = value; }
+  explicit STACKBERT_DEVICE Shared(uint32_t address) : address_(address) {}
+  STACKBERT_DEVICE Shared operator+(int i) const {
+    return Shared(address_ + static_cast<uint32_t>(i * static_cast<int>(sizeof(T))));
+  }
+  STACKBERT_DEVICE T load(int i = 0) const { return *(*this + i).generic(); }
+  STACKBERT_DEVICE void store(int i, T value) const { *(*this + i).generic() = value; }
   template <typename U>
   STACKBERT_DEVICE Shared<U> as() const {
-    return Shared<U>(reinterpret_cast<U*>(first_));
+    return Shared<U>(address_);
   }
-  STACKBERT_DEVICE uint32_t address() const { return static_cast<uint32_t>(__cvta_generic_to_shared(first_)); }
+  STACKBERT_DEVICE uint32_t address() const { return address_; }
 
  private:
-  T* first_;
+  STACKBERT_DEVICE T* generic() const { return static_cast<T*>(__cvta_shared_to_generic(address_)); }
+  uint32_t address_;
 };
 
 STACKBERT_DEVICE Shared<unsigned char> shared_memory() {
   extern __shared__ __align__(128) unsigned char stackbert_shared[];
-  return Shared<unsigned char>(stackbert_shared);
+  return Shared<unsigned char>(static_cast<uint32_t>(__cvta_generic_to_shared(stackbert_shared)));
 }
 
 // Global memory. T is 1, 2, 4, 8 or 16 bytes, and aligned to them. "once": it is not read again soon, so that what is

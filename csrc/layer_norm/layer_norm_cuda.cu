@@ -210,12 +210,12 @@ __global__ void __launch_bounds__(32 * kBackwardWarps<R>)
     if (ptx::warp() / R::kWarps != turn) continue;
 #pragma unroll
     for (int e = 0; e < R::kElements; ++e) {
-      const int64_t c = R::column(e / R::kWidth) + e % R::kWidth;
+      const int c = R::column(e / R::kWidth) + e % R::kWidth;
       if (c >= columns) continue;
       const float own[kSums] = {dweight[e], dbias[e], dx_bias[e]};
 #pragma unroll
       for (int s = 0; s < kSums; ++s) {
-        const int64_t at = s * columns + c;
+        const int at = s * static_cast<int>(columns) + c;
         float total = own[s];
         if (turn > 0) total += scratch.load(at);
         if (turn + 1 < kRows)

@@ -43,13 +43,13 @@ template <typename T>
 class Shared {
  public:
   explicit Shared(uint32_t offset) : offset_(offset) {}
-  Shared operator+(int64_t i) const { return Shared(static_cast<uint32_t>(offset_ + i * int64_t{sizeof(T)})); }
-  T load(int64_t i = 0) const {
+  Shared operator+(int i) const { return Shared(offset_ + static_cast<uint32_t>(i * static_cast<int>(sizeof(T)))); }
+  T load(int i = 0) const {
     T value;
     simt::read_shared((*this + i).offset_, &value, sizeof value);
     return value;
   }
-  void store(int64_t i, T value) const { simt::write_shared((*this + i).offset_, &value, sizeof value); }
+  void store(int i, T value) const { simt::write_shared((*this + i).offset_, &value, sizeof value); }
   template <typename U>
   Shared<U> as() const {
     return Shared<U>(offset_);

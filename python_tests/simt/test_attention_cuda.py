@@ -37,30 +37,63 @@ def problem(batch, D, dtype, packed):
     return *padded.unbind(2), lengths, S, seqlens
 
 
-@pytest.mark.parametrize("packed", [True, False], ids=["packed", "padded"])
-@pytest.mark.parametrize(
-    "D, dtype", [(64, torch.bfloat16), (64, torch.float16), (32, torch.bfloat16), (128, torch.float16)], ids=str
-)
-@pytest.mark.parametrize("batch", BATCHES)
-def test_forward(twin, batch, D, dtype, packed):
+def flat(x, seqlens, packed):
+    """The real tokens of a packed or padded tensor, [T, H, D]."""
+    return x if packed else torch.cat([x[b, :n] for b, n in enumerate(seqlens.tolist())])
+
+
+def composite_gradients(q, k, v, dout, cu, scale):
+    leaves = [x.detach().clone().requires_grad_() for x in (q, k, v)]
+    out = composite(*leaves, cu, scale)
+    return out.detach(), *torch.autograd.grad(out, leaves, dout)
+
+
+CASES = [("64", 64, torch.bfloat16, True), ("128", 64, torch.float16, False), ("long", 64, torch.bfloat16, True),
+         ("long", 64, torch.bfloat16, False), ("128", 32, torch.bfloat16, True), ("long", 128, torch.float16, True)]  # fmt: skip
+
+
+@pytest.mark.parametrize("threshold", [0, 26])
+@pytest.mark.parametrize("batch, D, dtype, packed", CASES, ids=str)
+def test_forward_and_backward(twin, batch, D, dtype, packed, threshold):
     q, k, v, seqlens, S, cu = problem(batch, D, dtype, packed)
+    dout = torch.randn_like(torch.nan_to_num(q)) if packed else torch.where(q.isnan(), q, torch.randn_like(q))
     rng, scale = new_rng(3, 4), D**-0.5
-    for threshold in (0, 26):
-        settings = (seqlens, S, scale, rng, 5, threshold)
-        exact, exact_lse = reference.forward(*(torch.nan_to_num(x.double()) for x in (q, k, v)), *settings, True)
-        for seed in range(2):
-            inputs = {"qkv": q, "seqlens": seqlens, "rng": rng}
-            with Device(twin, seed, inputs):
-                out, lse = native.forward_cuda(q, k, v, *settings, True)
-                again, none = native.forward_cuda(q, k, v, *settings, False)
-            assert torch.equal(out, again) and none.numel() == 0
-            flat = (
-                (lambda x: x) if packed else (lambda x: torch.cat([x[b, :n] for b, n in enumerate(seqlens.tolist())]))
-            )
-            base = composite(*(flat(x) for x in (q, k, v)), cu, scale)
-            base_exact = composite(*(flat(x).double() for x in (q, k, v)), cu, scale)
-            error = base.double() - base_exact
-            assert_as_accurate_as_torch("out", flat(out), flat(exact), (flat(exact) + error * 256 / (256 - threshold)))
-            torch.testing.assert_close(lse.double(), exact_lse, rtol=0, atol=1e-4)  # scores of |s| < 8 in fp32
-            if not packed:
-                assert all((out[b, n:] == 0).all() for b, n in enumerate(seqlens.tolist()))
+    settings = (seqlens, S, scale, rng, 5, threshold)
+    runs = []
+    for seed in range(2):
+        with Device(twin, seed, {"qkv": q, "dout": dout, "seqlens": seqlens, "rng": rng}):
+            out, lse = native.forward_cuda(q, k, v, *settings, True)
+            again, none = native.forward_cuda(q, k, v, *settings, False)
+            gradients = native.backward_cuda(dout, q, k, v, out, lse, *settings)
+        assert torch.equal(out, again) and none.numel() == 0
+        runs.append((out, lse, *gradients))
+    assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True)), "the schedule decides the result"
+
+    wide = [torch.nan_to_num(x.double()) for x in (q, k, v)]
+    exact, exact_lse = reference.forward(*wide, *settings, True)
+    exact_gradients = reference.backward(torch.nan_to_num(dout.double()), *wide, exact, exact_lse, *settings)
+    torch.testing.assert_close(lse.double(), exact_lse, rtol=0, atol=1e-4)  # scores of |s| < 8 in fp32
+    # What rounding costs PyTorch without dropout; what dropout keeps it scales, and the error with it.
+    real = [flat(x, seqlens, packed) for x in (q, k, v, dout)]
+    low = composite_gradients(*real, cu, scale)
+    high = composite_gradients(*(x.double() for x in real), cu, scale)
+    names = ("out", "dq", "dk", "dv")
+    for name, a, e, b, h in zip(names, (out, *gradients), (exact, *exact_gradients), low, high, strict=True):
+        truth = flat(e, seqlens, packed)
+        error = (b.double() - h) * (256 / (256 - threshold)) ** (1 if name == "out" else 2)
+        assert_as_accurate_as_torch(name, flat(a, seqlens, packed), truth, truth + error, 2.0 if name == "out" else 3.0)
+        if not packed:
+            assert all((a[b, n:] == 0).all() for b, n in enumerate(seqlens.tolist())), name
+
+
+def test_fused_qkv(twin):
+    """Views of one tensor in, one dense gradient out."""
+    qkv, rng = torch.randn(40, 3, H, 64).bfloat16(), new_rng(1)
+    seqlens = torch.tensor([0, 33, 40], dtype=torch.int32)
+    settings = (seqlens, 33, 0.125, rng, 0, 26)
+    dout = torch.randn(40, H, 64).bfloat16()
+    with Device(twin, 0, {"qkv": qkv, "dout": dout, "seqlens": seqlens, "rng": rng}):
+        out, lse = native.qkv_forward_cuda(qkv, *settings, True)
+        dqkv = native.qkv_backward_cuda(dout, qkv, out, lse, *settings)
+        separate = native.backward_cuda(dout, *qkv.unbind(1), out, lse, *settings)
+    assert torch.equal(dqkv, torch.stack(separate, 1))

@@ -90,6 +90,33 @@ def forward_cuda(q, k, v, seqlens, max_seqlen, scale, rng, site, threshold, with
     return out, lse
 
 
+def backward_cuda(
+    dout, q, k, v, out, lse, seqlens, max_seqlen, scale, rng, site, threshold
+) -> tuple[Tensor, Tensor, Tensor]:
+    dq, dk, dv = (empty_like(x) for x in (q, k, v))
+    _backward_cuda((dq, dk, dv), dout, q, k, v, out, lse, seqlens, max_seqlen, scale, rng, site, threshold)
+    return dq, dk, dv
+
+
+def _backward_cuda(gradients, dout, q, k, v, out, lse, *settings) -> None:
+    q, k, v, dout = _aligned(q), _aligned(k), _aligned(v), _aligned(dout)
+    arguments, order = _arguments(q, k, v, out, lse, *settings)
+    delta = torch.empty_like(lse)
+    names = dict(zip(("dout", "dq", "dk", "dv"), map(_rows, (dout, *gradients)), strict=True))
+    library.launch("attention_backward_cuda", q, **names, delta=delta.data_ptr(), **arguments)
+    del order
+
+
+def qkv_forward_cuda(qkv, *arguments) -> tuple[Tensor, Tensor]:
+    return forward_cuda(*qkv.unbind(1), *arguments)
+
+
+def qkv_backward_cuda(dout, qkv, *arguments) -> Tensor:
+    dqkv = empty_like(qkv)
+    _backward_cuda(dqkv.unbind(1), dout, *qkv.unbind(1), *arguments)
+    return dqkv
+
+
 def _aligned(x: Tensor) -> Tensor:
     """Every row on 16 bytes, which is what one access takes."""
     strides = x.stride()[:-1]
