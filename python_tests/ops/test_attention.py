@@ -127,12 +127,12 @@ def test_scale_and_odd_head_dimensions():
 
 @pytest.fixture
 def small_tiles(monkeypatch):
-    """Tiles so small that 100 tokens are several, of queries and of keys, and a sequence of up to 64 is one."""
+    """Tiles so small that 100 tokens are several, of queries and of keys."""
     triton_kernel = pytest.importorskip("stackbert_kernels.ops.attention.triton_kernel")
     small = triton_kernel.Configuration(
         forward_one_tile=triton_kernel.Tiles(32, 64),
         forward=triton_kernel.Tiles(32, 64),
-        backward_one_tile=triton_kernel.Tiles(64, 64),
+        backward_one_tile=triton_kernel.Tiles(64, 64),  # two of them: up to 128
         dq=triton_kernel.Tiles(32, 64),
         dkv=triton_kernel.Tiles(32, 64),
     )

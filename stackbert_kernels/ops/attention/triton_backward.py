@@ -22,21 +22,47 @@ from stackbert_kernels.ops.attention.triton_forward import LOG2E, NUMBERS, exten
 @triton.jit
 def tile_gradients(
     q, k, v, dout, lse, delta, length, sequence, head, query, first_key, scale, k0, k1, threshold,
-    BLOCK_K: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
+    KEYS: tl.constexpr, ONLY_DS: tl.constexpr, BRANCH: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """(M P, dS) of a tile, without the factors 1 / keep rate and scale. lse is that of base 2, delta divided by 1 / keep rate."""
+    """(M P, dS) of a tile; (P, dS) where dS alone is wanted; without the factors 1 / keep rate and scale. lse is that of base 2, delta divided by 1 / keep rate."""
     scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)
     p = tl.exp2(scores * (scale * LOG2E) - lse[:, None])
-    if first_key + BLOCK_K > length:
-        # Keys past the length are zeros, yet their p is not, and may be infinite: infinity * 0 in dQ.
-        p = tl.where((first_key + tl.arange(0, BLOCK_K) < length)[None, :], p, 0.0)
-    dp = tl.dot(dout, tl.trans(v), input_precision=PRECISION)
-    dropped = p
+    # Keys past the length are zeros, yet their p is not, and may be infinite: infinity * 0 in dQ. A branch costs registers, leaving it
+    # out 1.5 instructions a score.
+    if BRANCH:
+        if first_key + KEYS > length:
+            p = tl.where((first_key + tl.arange(0, KEYS) < length)[None, :], p, 0.0)
+    else:
+        p = tl.where((first_key + tl.arange(0, KEYS) < length)[None, :], p, 0.0)
     if DROPOUT:
-        kept = attention_kept(k0, k1, sequence, head, query, first_key, threshold, BLOCK_K)
-        dropped = tl.where(kept, p, scale * 0.0)
-        dp = tl.where(kept, dp, 0.0)
-    return dropped.to(q.dtype), (p * (dp - delta[:, None])).to(q.dtype)
+        kept = attention_kept(k0, k1, sequence, head, query, first_key, threshold, KEYS)
+    dropped = p
+    if ONLY_DS:
+        dp = tl.dot(dout, tl.trans(v), input_precision=PRECISION)
+        if DROPOUT:
+            dp = tl.where(kept, dp, 0.0)
+        ds = p * (dp - delta[:, None])
+    else:  # with M P at hand, M dP is not needed: fewer registers
+        if DROPOUT:
+            dropped = tl.where(
+                kept, p, scale * 0.0
+            )  # no constant: LLVM would select after packing to 16 bits, unpacking for it
+        p_delta = p * delta[:, None]
+        dp = tl.dot(dout, tl.trans(v), input_precision=PRECISION)
+        ds = dropped * dp - p_delta
+    return dropped.to(q.dtype), ds.to(q.dtype)
+
+
+@triton.jit
+def row_statistics(
+    out_ptr, out_token, lse_ptr, dout, start, length, factor,
+    ROWS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """(log-sum-exp of base 2, delta divided by 1 / keep rate) of the rows start .. start + ROWS - 1."""
+    out = load_rows(out_ptr, start, out_token, length, ROWS, HEAD_DIM, BLOCK_D)
+    row = start + tl.arange(0, ROWS)
+    lse = tl.load(lse_ptr + row, mask=row < length, other=0.0) * LOG2E
+    return lse, tl.sum(out.to(tl.float32) * dout.to(tl.float32), 1) / factor
 
 
 @triton.jit(do_not_specialize=NUMBERS)
@@ -50,14 +76,15 @@ def attention_bwd_one_tile_kernel(
     dq_ptr, dk_ptr, dv_ptr, dx_batch, dx_token,
     seqlens_ptr, heads, padded_rows, scale,
     rng_ptr, site, threshold, factor,
-    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK: tl.constexpr, TWO: tl.constexpr,
     PACKED: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """A program does one (sequence, head) of up to BLOCK_Q tokens; of longer ones, which are the other kernels', nothing."""
+    """A program does one (sequence, head) of up to BLOCK, or with TWO up to 2 BLOCK tokens; of longer ones, which are the other kernels',
+    nothing. Every row is read once and stays in shared memory; the order of the four tiles keeps three gradients in registers."""
     sequence = (tl.program_id(0) // heads).to(tl.int64)
     head = (tl.program_id(0) % heads).to(tl.int64)
     first, length, rows = extent(seqlens_ptr, sequence, padded_rows, PACKED)
-    if length > BLOCK_Q:
+    if length > (2 * BLOCK if TWO else BLOCK):
         return
     dout_ptr += sequence * dout_batch + first * dout_token + head * dout_head
     q_ptr += sequence * q_batch + first * q_token + head * q_head
@@ -66,32 +93,137 @@ def attention_bwd_one_tile_kernel(
     out_ptr += sequence * out_batch + first * out_token + head * HEAD_DIM
     lse_ptr += sequence * lse_batch + head * lse_head + first
     dx = sequence * dx_batch + first * dx_token + head * HEAD_DIM
-    rows = tl.minimum(rows, BLOCK_Q)
-
-    query = tl.arange(0, BLOCK_Q)
-    q = load_rows(q_ptr, query, q_token, length, HEAD_DIM, BLOCK_D)
-    dout = load_rows(dout_ptr, query, dout_token, length, HEAD_DIM, BLOCK_D)
-    out = load_rows(out_ptr, query, out_token, length, HEAD_DIM, BLOCK_D)
-    lse = tl.load(lse_ptr + query, mask=query < length, other=0.0) * LOG2E
-    delta = tl.sum(out.to(tl.float32) * dout.to(tl.float32), 1) / factor
-    dq = tl.zeros([BLOCK_Q, BLOCK_D], tl.float32)
+    dq_ptr += dx
+    dk_ptr += dx
+    dv_ptr += dx
     k0, k1 = 0, 0
     if DROPOUT:
         k0, k1 = dropout_key(rng_ptr, site)
-    for start in range(0, rows, BLOCK_K):
-        key = start + tl.arange(0, BLOCK_K)
-        k = load_rows(k_ptr, key, k_token, length, HEAD_DIM, BLOCK_D)
-        v = load_rows(v_ptr, key, v_token, length, HEAD_DIM, BLOCK_D)
+
+    query_a = tl.arange(0, BLOCK)
+    k_a = load_rows(k_ptr, 0, k_token, length, BLOCK, HEAD_DIM, BLOCK_D)
+    v_a = load_rows(v_ptr, 0, v_token, length, BLOCK, HEAD_DIM, BLOCK_D)
+    q_a = load_rows(q_ptr, 0, q_token, length, BLOCK, HEAD_DIM, BLOCK_D)
+    dout_a = load_rows(dout_ptr, 0, dout_token, length, BLOCK, HEAD_DIM, BLOCK_D)
+    lse_a, delta_a = row_statistics(out_ptr, out_token, lse_ptr, dout_a, 0, length, factor, BLOCK, HEAD_DIM, BLOCK_D)
+    if TWO:
+        query_b = BLOCK + query_a
+        k_b = load_rows(k_ptr, BLOCK, k_token, length, BLOCK, HEAD_DIM, BLOCK_D)
+        v_b = load_rows(v_ptr, BLOCK, v_token, length, BLOCK, HEAD_DIM, BLOCK_D)
+        q_b = load_rows(q_ptr, BLOCK, q_token, length, BLOCK, HEAD_DIM, BLOCK_D)
+        dout_b = load_rows(dout_ptr, BLOCK, dout_token, length, BLOCK, HEAD_DIM, BLOCK_D)
+        lse_b, delta_b = row_statistics(
+            out_ptr, out_token, lse_ptr, dout_b, BLOCK, length, factor, BLOCK, HEAD_DIM, BLOCK_D
+        )
+
+    dropped, ds = tile_gradients(
+        q_a,
+        k_a,
+        v_a,
+        dout_a,
+        lse_a,
+        delta_a,
+        length,
+        sequence,
+        head,
+        query_a,
+        0,
+        scale,
+        k0,
+        k1,
+        threshold,
+        BLOCK,
+        False,
+        False,
+        DROPOUT,
+        PRECISION,
+    )
+    dv_a = tl.dot(tl.trans(dout_a), dropped, input_precision=PRECISION)
+    dk_a = tl.dot(tl.trans(q_a), ds, input_precision=PRECISION)
+    dq_a = tl.dot(ds, k_a, input_precision=PRECISION)
+    if TWO:
         dropped, ds = tile_gradients(
-            q, k, v, dout, lse, delta, length, sequence, head, query, start, scale, k0, k1, threshold,
-            BLOCK_K, DROPOUT, PRECISION,
-        )  # fmt: skip
-        dv = tl.dot(tl.trans(dropped), dout, input_precision=PRECISION) * factor
-        store_rows(dv_ptr + dx, dv, key, dx_token, rows, HEAD_DIM, BLOCK_D)
-        dk = tl.dot(tl.trans(ds), q, input_precision=PRECISION) * (scale * factor)
-        store_rows(dk_ptr + dx, dk, key, dx_token, rows, HEAD_DIM, BLOCK_D)
-        dq = tl.dot(ds, k, dq, input_precision=PRECISION)
-    store_rows(dq_ptr + dx, dq * (scale * factor), query, dx_token, rows, HEAD_DIM, BLOCK_D)
+            q_b,
+            k_a,
+            v_a,
+            dout_b,
+            lse_b,
+            delta_b,
+            length,
+            sequence,
+            head,
+            query_b,
+            0,
+            scale,
+            k0,
+            k1,
+            threshold,
+            BLOCK,
+            False,
+            False,
+            DROPOUT,
+            PRECISION,
+        )
+        dv_a = tl.dot(tl.trans(dout_b), dropped, dv_a, input_precision=PRECISION)
+        dk_a = tl.dot(tl.trans(q_b), ds, dk_a, input_precision=PRECISION)
+        dq_b = tl.dot(ds, k_a, input_precision=PRECISION)
+    store_rows(dv_ptr, tl.trans(dv_a * factor), 0, dx_token, rows, HEAD_DIM)
+    store_rows(dk_ptr, tl.trans(dk_a * (scale * factor)), 0, dx_token, rows, HEAD_DIM)
+    if TWO:
+        dropped, ds = tile_gradients(
+            q_b,
+            k_b,
+            v_b,
+            dout_b,
+            lse_b,
+            delta_b,
+            length,
+            sequence,
+            head,
+            query_b,
+            BLOCK,
+            scale,
+            k0,
+            k1,
+            threshold,
+            BLOCK,
+            False,
+            False,
+            DROPOUT,
+            PRECISION,
+        )
+        dv_b = tl.dot(tl.trans(dout_b), dropped, input_precision=PRECISION)
+        dk_b = tl.dot(tl.trans(q_b), ds, input_precision=PRECISION)
+        dq_b = tl.dot(ds, k_b, dq_b, input_precision=PRECISION)
+        store_rows(dq_ptr, dq_b * (scale * factor), BLOCK, dx_token, rows, HEAD_DIM)
+        dropped, ds = tile_gradients(
+            q_a,
+            k_b,
+            v_b,
+            dout_a,
+            lse_a,
+            delta_a,
+            length,
+            sequence,
+            head,
+            query_a,
+            BLOCK,
+            scale,
+            k0,
+            k1,
+            threshold,
+            BLOCK,
+            False,
+            False,
+            DROPOUT,
+            PRECISION,
+        )
+        dv_b = tl.dot(tl.trans(dout_a), dropped, dv_b, input_precision=PRECISION)
+        dk_b = tl.dot(tl.trans(q_a), ds, dk_b, input_precision=PRECISION)
+        dq_a = tl.dot(ds, k_b, dq_a, input_precision=PRECISION)
+        store_rows(dv_ptr, tl.trans(dv_b * factor), BLOCK, dx_token, rows, HEAD_DIM)
+        store_rows(dk_ptr, tl.trans(dk_b * (scale * factor)), BLOCK, dx_token, rows, HEAD_DIM)
+    store_rows(dq_ptr, dq_a * (scale * factor), 0, dx_token, rows, HEAD_DIM)
 
 
 @triton.jit(do_not_specialize=NUMBERS)
@@ -125,11 +257,11 @@ def attention_bwd_dq_kernel(
     row = sequence * lse_batch + head * lse_head + first
 
     query = start + tl.arange(0, BLOCK_Q)
-    q = load_rows(q_ptr, query, q_token, length, HEAD_DIM, BLOCK_D)
-    dout = load_rows(dout_ptr, query, dout_token, length, HEAD_DIM, BLOCK_D)
-    out = load_rows(out_ptr, query, out_token, length, HEAD_DIM, BLOCK_D)
-    lse = tl.load(lse_ptr + row + query, mask=query < length, other=0.0) * LOG2E
-    delta = tl.sum(out.to(tl.float32) * dout.to(tl.float32), 1) / factor
+    q = load_rows(q_ptr, start, q_token, length, BLOCK_Q, HEAD_DIM, BLOCK_D)
+    dout = load_rows(dout_ptr, start, dout_token, length, BLOCK_Q, HEAD_DIM, BLOCK_D)
+    lse, delta = row_statistics(
+        out_ptr, out_token, lse_ptr + row, dout, start, length, factor, BLOCK_Q, HEAD_DIM, BLOCK_D
+    )
     tl.store(delta_ptr + row + query, delta, mask=query < length)
     dq = tl.zeros([BLOCK_Q, BLOCK_D], tl.float32)
     k0, k1 = 0, 0
@@ -137,15 +269,14 @@ def attention_bwd_dq_kernel(
         k0, k1 = dropout_key(rng_ptr, site)
     keys = tl.where(start < length, length, 0)  # a tile of padding has none
     for first_key in range(0, keys, BLOCK_K):
-        key = first_key + tl.arange(0, BLOCK_K)
-        k = load_rows(k_ptr, key, k_token, length, HEAD_DIM, BLOCK_D)
-        v = load_rows(v_ptr, key, v_token, length, HEAD_DIM, BLOCK_D)
+        k = load_rows(k_ptr, first_key, k_token, length, BLOCK_K, HEAD_DIM, BLOCK_D)
+        v = load_rows(v_ptr, first_key, v_token, length, BLOCK_K, HEAD_DIM, BLOCK_D)
         _, ds = tile_gradients(
             q, k, v, dout, lse, delta, length, sequence, head, query, first_key, scale, k0, k1, threshold,
-            BLOCK_K, DROPOUT, PRECISION,
+            BLOCK_K, True, True, DROPOUT, PRECISION,
         )  # fmt: skip
         dq = tl.dot(ds, k, dq, input_precision=PRECISION)
-    store_rows(dq_ptr, dq * (scale * factor), query, dx_token, rows, HEAD_DIM, BLOCK_D)
+    store_rows(dq_ptr, dq * (scale * factor), start, dx_token, rows, HEAD_DIM)
 
 
 @triton.jit(do_not_specialize=NUMBERS)
@@ -175,26 +306,25 @@ def attention_bwd_dkv_kernel(
     dx = sequence * dx_batch + first * dx_token + head * HEAD_DIM
     row = sequence * lse_batch + head * lse_head + first
 
-    key = start + tl.arange(0, BLOCK_K)
-    k = load_rows(k_ptr, key, k_token, length, HEAD_DIM, BLOCK_D)
-    v = load_rows(v_ptr, key, v_token, length, HEAD_DIM, BLOCK_D)
-    dk = tl.zeros([BLOCK_K, BLOCK_D], tl.float32)
-    dv = tl.zeros([BLOCK_K, BLOCK_D], tl.float32)
+    k = load_rows(k_ptr, start, k_token, length, BLOCK_K, HEAD_DIM, BLOCK_D)
+    v = load_rows(v_ptr, start, v_token, length, BLOCK_K, HEAD_DIM, BLOCK_D)
+    dk = tl.zeros([BLOCK_D, BLOCK_K], tl.float32)  # transposed
+    dv = tl.zeros([BLOCK_D, BLOCK_K], tl.float32)
     k0, k1 = 0, 0
     if DROPOUT:
         k0, k1 = dropout_key(rng_ptr, site)
     queries = tl.where(start < length, length, 0)  # a tile of padding has none
     for first_query in range(0, queries, BLOCK_Q):
         query = first_query + tl.arange(0, BLOCK_Q)
-        q = load_rows(q_ptr, query, q_token, length, HEAD_DIM, BLOCK_D)
-        dout = load_rows(dout_ptr, query, dout_token, length, HEAD_DIM, BLOCK_D)
+        q = load_rows(q_ptr, first_query, q_token, length, BLOCK_Q, HEAD_DIM, BLOCK_D)
+        dout = load_rows(dout_ptr, first_query, dout_token, length, BLOCK_Q, HEAD_DIM, BLOCK_D)
         lse = tl.load(lse_ptr + row + query, mask=query < length, other=0.0) * LOG2E
         delta = tl.load(delta_ptr + row + query, mask=query < length, other=0.0)
         dropped, ds = tile_gradients(
             q, k, v, dout, lse, delta, length, sequence, head, query, start, scale, k0, k1, threshold,
-            BLOCK_K, DROPOUT, PRECISION,
+            BLOCK_K, False, True, DROPOUT, PRECISION,
         )  # fmt: skip
-        dv = tl.dot(tl.trans(dropped), dout, dv, input_precision=PRECISION)
-        dk = tl.dot(tl.trans(ds), q, dk, input_precision=PRECISION)
-    store_rows(dv_ptr + dx, dv * factor, key, dx_token, rows, HEAD_DIM, BLOCK_D)
-    store_rows(dk_ptr + dx, dk * (scale * factor), key, dx_token, rows, HEAD_DIM, BLOCK_D)
+        dv = tl.dot(tl.trans(dout), dropped, dv, input_precision=PRECISION)
+        dk = tl.dot(tl.trans(q), ds, dk, input_precision=PRECISION)
+    store_rows(dv_ptr + dx, tl.trans(dv * factor), start, dx_token, rows, HEAD_DIM)
+    store_rows(dk_ptr + dx, tl.trans(dk * (scale * factor)), start, dx_token, rows, HEAD_DIM)

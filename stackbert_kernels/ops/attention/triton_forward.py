@@ -13,6 +13,7 @@ from stackbert_kernels.ops._triton_language import attention_kept, dropout_key
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
+LOWEST = tl.constexpr(-3.0e38)  # finite: -inf - -inf is NaN where there is no key
 # Arguments of which 1 and multiples of 16 are nothing special: no kernel is compiled again for them.
 NUMBERS = ("lse_batch", "lse_head", "heads", "padded_rows", "tiles", "scale", "site", "threshold", "factor")
 
@@ -32,22 +33,30 @@ def extent(seqlens_ptr, sequence, padded_rows, PACKED: tl.constexpr):
 
 
 @triton.jit
-def load_rows(ptr, row, token_stride, limit, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
-    """[rows, BLOCK_D] of one head; zeros, and nothing read, from `limit` and from HEAD_DIM on."""
+def _tile(start, token_stride, limit, ROWS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
+    """(offsets, mask) of the rows start .. start + ROWS - 1 of one head. A tile is less than 2^31 elements across (the launch sees to it),
+    so that only its first row needs 64 bits."""
+    row = tl.arange(0, ROWS)
     d = tl.arange(0, BLOCK_D)
-    inside = (row < limit)[:, None]
+    inside = (start + row < limit)[:, None]
     if HEAD_DIM < BLOCK_D:
         inside = inside & (d < HEAD_DIM)[None, :]
-    return tl.load(ptr + row.to(tl.int64)[:, None] * token_stride + d[None, :], mask=inside, other=0.0)
+    return row[:, None] * token_stride + d[None, :], inside
 
 
 @triton.jit
-def store_rows(ptr, x, row, token_stride, limit, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
-    d = tl.arange(0, BLOCK_D)
-    inside = (row < limit)[:, None]
-    if HEAD_DIM < BLOCK_D:
-        inside = inside & (d < HEAD_DIM)[None, :]
-    tl.store(ptr + row.to(tl.int64)[:, None] * token_stride + d[None, :], x.to(ptr.dtype.element_ty), mask=inside)
+def load_rows(ptr, start, token_stride, limit, ROWS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
+    """[ROWS, BLOCK_D] of one head; zeros, and nothing read, from row `limit` and from column HEAD_DIM on."""
+    offsets, inside = _tile(start, token_stride, limit, ROWS, HEAD_DIM, BLOCK_D)
+    first = (tl.zeros([], tl.int64) + start) * token_stride
+    return tl.load(ptr + first + offsets, mask=inside, other=0.0)
+
+
+@triton.jit
+def store_rows(ptr, x, start, token_stride, limit, HEAD_DIM: tl.constexpr):
+    offsets, inside = _tile(start, token_stride, limit, x.shape[0], HEAD_DIM, x.shape[1])
+    first = (tl.zeros([], tl.int64) + start) * token_stride
+    tl.store(ptr + first + offsets, x.to(ptr.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -86,24 +95,26 @@ def attention_fwd_one_tile_kernel(
     lse_ptr += sequence * lse_batch + head * lse_head + first
 
     key = tl.arange(0, BLOCK_K)
-    k = load_rows(k_ptr, key, k_token, length, HEAD_DIM, BLOCK_D)
-    v = load_rows(v_ptr, key, v_token, length, HEAD_DIM, BLOCK_D)
+    k = load_rows(k_ptr, 0, k_token, length, BLOCK_K, HEAD_DIM, BLOCK_D)
+    v = load_rows(v_ptr, 0, v_token, length, BLOCK_K, HEAD_DIM, BLOCK_D)
     if DROPOUT:
         k0, k1 = dropout_key(rng_ptr, site)
     for start in range(0, rows, BLOCK_Q):
         query = start + tl.arange(0, BLOCK_Q)
-        q = load_rows(q_ptr, query, q_token, length, HEAD_DIM, BLOCK_D)
+        q = load_rows(q_ptr, start, q_token, length, BLOCK_Q, HEAD_DIM, BLOCK_D)
         scores, exponent = scaled_scores(q, k, scale, POSITIVE, PRECISION)
         scores = tl.where((key < length)[None, :], scores, float("-inf"))
-        largest = tl.max(scores, 1) * exponent
+        largest = tl.maximum(tl.max(scores, 1) * exponent, LOWEST)
         p = tl.exp2(scores * exponent - largest[:, None])
         total = tl.sum(p, 1)
         if DROPOUT:
             kept = attention_kept(k0, k1, sequence, head, query, 0, threshold, BLOCK_K)
-            p = tl.where(kept, p, scale * 0.0)
-        out = tl.dot(p.to(v.dtype), v, input_precision=PRECISION) * (factor / total)[:, None]
-        out = tl.where((query < length)[:, None], out, 0.0)
-        store_rows(out_ptr, out, query, out_token, rows, HEAD_DIM, BLOCK_D)
+            p = tl.where(
+                kept, p, scale * 0.0
+            )  # no constant: LLVM would select after packing to 16 bits, unpacking for it
+        inverse = tl.where(query < length, factor / total, 0.0)
+        out = tl.dot(p.to(v.dtype), v, input_precision=PRECISION) * inverse[:, None]
+        store_rows(out_ptr, out, start, out_token, rows, HEAD_DIM)
         if WITH_LSE:
             lse = tl.where(query < length, (largest + tl.log2(total)) * LN2, 0.0)
             tl.store(lse_ptr + query, lse, mask=query < rows)
@@ -136,7 +147,7 @@ def attention_fwd_kernel(
     lse_ptr += sequence * lse_batch + head * lse_head + first
 
     query = start + tl.arange(0, BLOCK_Q)
-    q = load_rows(q_ptr, query, q_token, length, HEAD_DIM, BLOCK_D)
+    q = load_rows(q_ptr, start, q_token, length, BLOCK_Q, HEAD_DIM, BLOCK_D)
     largest = tl.full([BLOCK_Q], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_Q], tl.float32)
     out = tl.zeros([BLOCK_Q, BLOCK_D], tl.float32)
@@ -145,8 +156,8 @@ def attention_fwd_kernel(
     keys = tl.where(start < length, length, 0)  # a tile of padding has none
     for first_key in range(0, keys, BLOCK_K):
         key = first_key + tl.arange(0, BLOCK_K)
-        k = load_rows(k_ptr, key, k_token, length, HEAD_DIM, BLOCK_D)
-        v = load_rows(v_ptr, key, v_token, length, HEAD_DIM, BLOCK_D)
+        k = load_rows(k_ptr, first_key, k_token, length, BLOCK_K, HEAD_DIM, BLOCK_D)
+        v = load_rows(v_ptr, first_key, v_token, length, BLOCK_K, HEAD_DIM, BLOCK_D)
         scores, exponent = scaled_scores(q, k, scale, POSITIVE, PRECISION)
         if first_key + BLOCK_K > length:
             scores = tl.where((key < length)[None, :], scores, float("-inf"))
@@ -157,10 +168,11 @@ def attention_fwd_kernel(
         total = total * rescale + tl.sum(p, 1)
         if DROPOUT:
             kept = attention_kept(k0, k1, sequence, head, query, first_key, threshold, BLOCK_K)
-            p = tl.where(kept, p, scale * 0.0)
+            p = tl.where(
+                kept, p, scale * 0.0
+            )  # no constant: LLVM would select after packing to 16 bits, unpacking for it
         out = tl.dot(p.to(v.dtype), v, out * rescale[:, None], input_precision=PRECISION)
     inside = query < length
-    out = tl.where(inside[:, None], out * (factor / total)[:, None], 0.0)
-    store_rows(out_ptr, out, query, out_token, rows, HEAD_DIM, BLOCK_D)
+    store_rows(out_ptr, out * tl.where(inside, factor / total, 0.0)[:, None], start, out_token, rows, HEAD_DIM)
     if WITH_LSE:
         tl.store(lse_ptr + query, tl.where(inside, (largest + tl.log2(total)) * LN2, 0.0), mask=query < rows)

@@ -31,12 +31,12 @@ class Tiles:
 
 @dataclass(frozen=True)
 class Configuration:
-    """Tiles of each kernel. One-tile kernels take sequences of up to `forward_one_tile.keys` and `backward_one_tile.queries` tokens; the
-    latter is a multiple of the queries of `dq` and of the keys of `dkv`, which leave such sequences to it."""
+    """Tiles of each kernel. The one-tile kernels take sequences of up to `forward_one_tile.keys` and 2 * `backward_one_tile.queries` tokens
+    (whose keys are as many). Of longer ones, dq and dkv leave the first so many rows to it: a multiple of their own."""
 
     forward_one_tile: Tiles
     forward: Tiles
-    backward_one_tile: Tiles
+    backward_one_tile: Tiles | None
     dq: Tiles
     dkv: Tiles
 
@@ -44,12 +44,12 @@ class Configuration:
 BASE = Configuration(
     forward_one_tile=Tiles(64, 128, 4, 2, 168),
     forward=Tiles(128, 64, 8, 3, 128),
-    backward_one_tile=Tiles(128, 64, 8, 2),
+    backward_one_tile=Tiles(64, 64, 4, 1),
     dq=Tiles(128, 64, 8, 2, 128),
     dkv=Tiles(64, 64, 4, 2),
 )
-# By the bytes of a row of a head: 64 for D = 32 in half precision, 512 for D = 96 and 128 in fp32.
-CONFIGURATIONS = {arch: dict.fromkeys((64, 128, 256, 512), BASE) for arch in (80, 90, 100)}
+# By the bytes of a tile's row.
+CONFIGURATIONS = {arch: dict.fromkeys((128, 256, 512), BASE) for arch in (80, 90, 100)}
 
 
 def _configuration(q: Tensor) -> Configuration:
@@ -57,7 +57,8 @@ def _configuration(q: Tensor) -> Configuration:
 
 
 def _block_d(head_dim: int) -> int:
-    return triton.next_power_of_2(head_dim)
+    """At least 64, as the tensor cores of sm_90 and newer want it."""
+    return max(64, triton.next_power_of_2(head_dim))
 
 
 def forward(q, k, v, seqlens, max_seqlen, scale, rng, site, threshold, with_lse) -> tuple[Tensor, Tensor]:
@@ -120,15 +121,17 @@ def _backward(gradients, dout, q, k, v, out, lse, seqlens, max_seqlen, scale, rn
     dropout = (rng, site, threshold, philox.scale(threshold))
     programs = _sequences(q, seqlens) * heads
     with _triton.on(q.device):
-        tiles = chosen.backward_one_tile
-        queries = min(tiles.queries, max(64, triton.next_power_of_2(max_seqlen)))
-        triton_backward.attention_bwd_one_tile_kernel[(programs,)](
-            *inputs, *_dense(out), lse, *lse_strides, dq, dk, dv, *dx_strides, *extents, scale, *dropout,
-            **constants, BLOCK_Q=queries, BLOCK_K=tiles.keys, **tiles.options(),
-        )  # fmt: skip
-        if max_seqlen <= queries:
+        short = 0
+        if (tiles := chosen.backward_one_tile) is not None:
+            two = max_seqlen > tiles.queries
+            short = tiles.queries * (2 if two else 1)
+            triton_backward.attention_bwd_one_tile_kernel[(programs,)](
+                *inputs, *_dense(out), lse, *lse_strides, dq, dk, dv, *dx_strides, *extents, scale, *dropout,
+                **constants, BLOCK=tiles.queries, TWO=two, **tiles.options(),
+            )  # fmt: skip
+        if max_seqlen <= short:
             return
-        constants["SHORT"] = queries
+        constants["SHORT"] = short
         delta = torch.empty_like(lse)
         tiles = chosen.dq
         count = triton.cdiv(max_seqlen, tiles.queries)
@@ -159,8 +162,8 @@ def _sequences(q: Tensor, seqlens: Tensor) -> int:
 
 
 def _rows(x: Tensor) -> tuple[Tensor, int, int, int]:
-    """x and its strides of a sequence, a token and a head."""
-    x = x if x.stride(-1) == 1 else x.contiguous()
+    """x and its strides of a sequence, a token and a head. Offsets within a tile have 32 bits."""
+    x = x if x.stride(-1) == 1 and x.stride(-3) < 2**23 else x.contiguous()
     return x, x.stride(0) if x.dim() == 4 else 0, x.stride(-3), x.stride(-2)
 
 
@@ -205,7 +208,7 @@ def _compilation(arch: int, kernel, tiles: str, dtype: str, head_dim: int, dropo
         "PRECISION": "tf32x3" if dtype == "fp32" else "ieee",
     }
     chosen = getattr(CONFIGURATIONS[arch][_block_d(head_dim) * (4 if dtype == "fp32" else 2)], tiles)
-    constants |= {"BLOCK_Q": chosen.queries, "BLOCK_K": chosen.keys}
+    constants |= {"BLOCK_Q": chosen.queries, "BLOCK_K": chosen.keys, "BLOCK": chosen.queries, "TWO": True}
     constants = {name: value for name, value in constants.items() if name in kernel.arg_names}
 
     def kind(name: str) -> str:
