@@ -21,10 +21,15 @@ from stackbert_kernels.ops.attention.triton_forward import LOG2E, NUMBERS, exten
 
 @triton.jit
 def tile_gradients(
-    q, k, v, dout, lse, delta, length, sequence, head, query, first_key, scale, k0, k1, threshold,
+    q, k, v, dout, statistics, query, first_key, place,
     KEYS: tl.constexpr, ONLY_DS: tl.constexpr, BRANCH: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """(M P, dS) of a tile; (P, dS) where dS alone is wanted; without the factors 1 / keep rate and scale. lse is that of base 2, delta divided by 1 / keep rate."""
+    """(M P, dS) of a tile; (P, dS) where dS alone is wanted; without the factors 1 / keep rate and scale.
+
+    statistics: those of row_statistics. place: (sequence, head, length, scale, the two words of the dropout key, threshold).
+    """
+    lse, delta = statistics
+    sequence, head, length, scale, k0, k1, threshold = place
     scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)
     p = tl.exp2(scores * (scale * LOG2E) - lse[:, None])
     # Keys past the length are zeros, yet their p is not, and may be infinite: infinity * 0 in dQ. A branch costs registers, leaving it
@@ -44,9 +49,7 @@ def tile_gradients(
         ds = p * (dp - delta[:, None])
     else:  # with M P at hand, M dP is not needed: fewer registers
         if DROPOUT:
-            dropped = tl.where(
-                kept, p, scale * 0.0
-            )  # no constant: LLVM would select after packing to 16 bits, unpacking for it
+            dropped = tl.where(kept, p, scale * 0.0)  # a constant would be selected after packing to 16 bits
         p_delta = p * delta[:, None]
         dp = tl.dot(dout, tl.trans(v), input_precision=PRECISION)
         ds = dropped * dp - p_delta
@@ -99,130 +102,55 @@ def attention_bwd_one_tile_kernel(
     k0, k1 = 0, 0
     if DROPOUT:
         k0, k1 = dropout_key(rng_ptr, site)
+    place = (sequence, head, length, scale, k0, k1, threshold)
 
-    query_a = tl.arange(0, BLOCK)
+    rows_a = tl.arange(0, BLOCK)
     k_a = load_rows(k_ptr, 0, k_token, length, BLOCK, HEAD_DIM, BLOCK_D)
     v_a = load_rows(v_ptr, 0, v_token, length, BLOCK, HEAD_DIM, BLOCK_D)
     q_a = load_rows(q_ptr, 0, q_token, length, BLOCK, HEAD_DIM, BLOCK_D)
-    dout_a = load_rows(dout_ptr, 0, dout_token, length, BLOCK, HEAD_DIM, BLOCK_D)
-    lse_a, delta_a = row_statistics(out_ptr, out_token, lse_ptr, dout_a, 0, length, factor, BLOCK, HEAD_DIM, BLOCK_D)
+    do_a = load_rows(dout_ptr, 0, dout_token, length, BLOCK, HEAD_DIM, BLOCK_D)
+    statistics_a = row_statistics(out_ptr, out_token, lse_ptr, do_a, 0, length, factor, BLOCK, HEAD_DIM, BLOCK_D)
     if TWO:
-        query_b = BLOCK + query_a
+        rows_b = BLOCK + rows_a
         k_b = load_rows(k_ptr, BLOCK, k_token, length, BLOCK, HEAD_DIM, BLOCK_D)
         v_b = load_rows(v_ptr, BLOCK, v_token, length, BLOCK, HEAD_DIM, BLOCK_D)
         q_b = load_rows(q_ptr, BLOCK, q_token, length, BLOCK, HEAD_DIM, BLOCK_D)
-        dout_b = load_rows(dout_ptr, BLOCK, dout_token, length, BLOCK, HEAD_DIM, BLOCK_D)
-        lse_b, delta_b = row_statistics(
-            out_ptr, out_token, lse_ptr, dout_b, BLOCK, length, factor, BLOCK, HEAD_DIM, BLOCK_D
+        do_b = load_rows(dout_ptr, BLOCK, dout_token, length, BLOCK, HEAD_DIM, BLOCK_D)
+        statistics_b = row_statistics(
+            out_ptr, out_token, lse_ptr, do_b, BLOCK, length, factor, BLOCK, HEAD_DIM, BLOCK_D
         )
 
     dropped, ds = tile_gradients(
-        q_a,
-        k_a,
-        v_a,
-        dout_a,
-        lse_a,
-        delta_a,
-        length,
-        sequence,
-        head,
-        query_a,
-        0,
-        scale,
-        k0,
-        k1,
-        threshold,
-        BLOCK,
-        False,
-        False,
-        DROPOUT,
-        PRECISION,
+        q_a, k_a, v_a, do_a, statistics_a, rows_a, 0, place, BLOCK, False, False, DROPOUT, PRECISION
     )
-    dv_a = tl.dot(tl.trans(dout_a), dropped, input_precision=PRECISION)
-    dk_a = tl.dot(tl.trans(q_a), ds, input_precision=PRECISION)
+    dv = tl.dot(tl.trans(do_a), dropped, input_precision=PRECISION)  # [D, keys], as dk
+    dk = tl.dot(tl.trans(q_a), ds, input_precision=PRECISION)
     dq_a = tl.dot(ds, k_a, input_precision=PRECISION)
     if TWO:
         dropped, ds = tile_gradients(
-            q_b,
-            k_a,
-            v_a,
-            dout_b,
-            lse_b,
-            delta_b,
-            length,
-            sequence,
-            head,
-            query_b,
-            0,
-            scale,
-            k0,
-            k1,
-            threshold,
-            BLOCK,
-            False,
-            False,
-            DROPOUT,
-            PRECISION,
+            q_b, k_a, v_a, do_b, statistics_b, rows_b, 0, place, BLOCK, False, False, DROPOUT, PRECISION
         )
-        dv_a = tl.dot(tl.trans(dout_b), dropped, dv_a, input_precision=PRECISION)
-        dk_a = tl.dot(tl.trans(q_b), ds, dk_a, input_precision=PRECISION)
+        dv = tl.dot(tl.trans(do_b), dropped, dv, input_precision=PRECISION)
+        dk = tl.dot(tl.trans(q_b), ds, dk, input_precision=PRECISION)
         dq_b = tl.dot(ds, k_a, input_precision=PRECISION)
-    store_rows(dv_ptr, tl.trans(dv_a * factor), 0, dx_token, rows, HEAD_DIM)
-    store_rows(dk_ptr, tl.trans(dk_a * (scale * factor)), 0, dx_token, rows, HEAD_DIM)
+    store_rows(dv_ptr, tl.trans(dv * factor), 0, dx_token, rows, HEAD_DIM)
+    store_rows(dk_ptr, tl.trans(dk * (scale * factor)), 0, dx_token, rows, HEAD_DIM)
     if TWO:
         dropped, ds = tile_gradients(
-            q_b,
-            k_b,
-            v_b,
-            dout_b,
-            lse_b,
-            delta_b,
-            length,
-            sequence,
-            head,
-            query_b,
-            BLOCK,
-            scale,
-            k0,
-            k1,
-            threshold,
-            BLOCK,
-            False,
-            False,
-            DROPOUT,
-            PRECISION,
+            q_b, k_b, v_b, do_b, statistics_b, rows_b, BLOCK, place, BLOCK, False, False, DROPOUT, PRECISION
         )
-        dv_b = tl.dot(tl.trans(dout_b), dropped, input_precision=PRECISION)
-        dk_b = tl.dot(tl.trans(q_b), ds, input_precision=PRECISION)
+        dv = tl.dot(tl.trans(do_b), dropped, input_precision=PRECISION)
+        dk = tl.dot(tl.trans(q_b), ds, input_precision=PRECISION)
         dq_b = tl.dot(ds, k_b, dq_b, input_precision=PRECISION)
         store_rows(dq_ptr, dq_b * (scale * factor), BLOCK, dx_token, rows, HEAD_DIM)
         dropped, ds = tile_gradients(
-            q_a,
-            k_b,
-            v_b,
-            dout_a,
-            lse_a,
-            delta_a,
-            length,
-            sequence,
-            head,
-            query_a,
-            BLOCK,
-            scale,
-            k0,
-            k1,
-            threshold,
-            BLOCK,
-            False,
-            False,
-            DROPOUT,
-            PRECISION,
+            q_a, k_b, v_b, do_a, statistics_a, rows_a, BLOCK, place, BLOCK, False, False, DROPOUT, PRECISION
         )
-        dv_b = tl.dot(tl.trans(dout_a), dropped, dv_b, input_precision=PRECISION)
-        dk_b = tl.dot(tl.trans(q_a), ds, dk_b, input_precision=PRECISION)
+        dv = tl.dot(tl.trans(do_a), dropped, dv, input_precision=PRECISION)
+        dk = tl.dot(tl.trans(q_a), ds, dk, input_precision=PRECISION)
         dq_a = tl.dot(ds, k_b, dq_a, input_precision=PRECISION)
-        store_rows(dv_ptr, tl.trans(dv_b * factor), BLOCK, dx_token, rows, HEAD_DIM)
-        store_rows(dk_ptr, tl.trans(dk_b * (scale * factor)), BLOCK, dx_token, rows, HEAD_DIM)
+        store_rows(dv_ptr, tl.trans(dv * factor), BLOCK, dx_token, rows, HEAD_DIM)
+        store_rows(dk_ptr, tl.trans(dk * (scale * factor)), BLOCK, dx_token, rows, HEAD_DIM)
     store_rows(dq_ptr, dq_a * (scale * factor), 0, dx_token, rows, HEAD_DIM)
 
 
@@ -259,22 +187,22 @@ def attention_bwd_dq_kernel(
     query = start + tl.arange(0, BLOCK_Q)
     q = load_rows(q_ptr, start, q_token, length, BLOCK_Q, HEAD_DIM, BLOCK_D)
     dout = load_rows(dout_ptr, start, dout_token, length, BLOCK_Q, HEAD_DIM, BLOCK_D)
-    lse, delta = row_statistics(
+    statistics = row_statistics(
         out_ptr, out_token, lse_ptr + row, dout, start, length, factor, BLOCK_Q, HEAD_DIM, BLOCK_D
     )
-    tl.store(delta_ptr + row + query, delta, mask=query < length)
+    tl.store(delta_ptr + row + query, statistics[1], mask=query < length)
     dq = tl.zeros([BLOCK_Q, BLOCK_D], tl.float32)
     k0, k1 = 0, 0
     if DROPOUT:
         k0, k1 = dropout_key(rng_ptr, site)
+    place = (sequence, head, length, scale, k0, k1, threshold)
     keys = tl.where(start < length, length, 0)  # a tile of padding has none
     for first_key in range(0, keys, BLOCK_K):
         k = load_rows(k_ptr, first_key, k_token, length, BLOCK_K, HEAD_DIM, BLOCK_D)
         v = load_rows(v_ptr, first_key, v_token, length, BLOCK_K, HEAD_DIM, BLOCK_D)
         _, ds = tile_gradients(
-            q, k, v, dout, lse, delta, length, sequence, head, query, first_key, scale, k0, k1, threshold,
-            BLOCK_K, True, True, DROPOUT, PRECISION,
-        )  # fmt: skip
+            q, k, v, dout, statistics, query, first_key, place, BLOCK_K, True, True, DROPOUT, PRECISION
+        )
         dq = tl.dot(ds, k, dq, input_precision=PRECISION)
     store_rows(dq_ptr, dq * (scale * factor), start, dx_token, rows, HEAD_DIM)
 
@@ -313,6 +241,7 @@ def attention_bwd_dkv_kernel(
     k0, k1 = 0, 0
     if DROPOUT:
         k0, k1 = dropout_key(rng_ptr, site)
+    place = (sequence, head, length, scale, k0, k1, threshold)
     queries = tl.where(start < length, length, 0)  # a tile of padding has none
     for first_query in range(0, queries, BLOCK_Q):
         query = first_query + tl.arange(0, BLOCK_Q)
@@ -321,9 +250,8 @@ def attention_bwd_dkv_kernel(
         lse = tl.load(lse_ptr + row + query, mask=query < length, other=0.0) * LOG2E
         delta = tl.load(delta_ptr + row + query, mask=query < length, other=0.0)
         dropped, ds = tile_gradients(
-            q, k, v, dout, lse, delta, length, sequence, head, query, start, scale, k0, k1, threshold,
-            BLOCK_K, False, True, DROPOUT, PRECISION,
-        )  # fmt: skip
+            q, k, v, dout, (lse, delta), query, start, place, BLOCK_K, False, True, DROPOUT, PRECISION
+        )
         dv = tl.dot(tl.trans(dout), dropped, dv, input_precision=PRECISION)
         dk = tl.dot(tl.trans(q), ds, dk, input_precision=PRECISION)
     store_rows(dv_ptr + dx, tl.trans(dv * factor), start, dx_token, rows, HEAD_DIM)

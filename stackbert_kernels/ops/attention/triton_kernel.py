@@ -24,6 +24,7 @@ class Tiles:
     num_warps: int = 4
     num_stages: int = 2
     maxnreg: int | None = None
+    spills: int = 0  # stores of registers to local memory that the compiler needs, at most
 
     def options(self) -> dict[str, int | None]:
         return {"num_warps": self.num_warps, "num_stages": self.num_stages, "maxnreg": self.maxnreg}
@@ -32,28 +33,93 @@ class Tiles:
 @dataclass(frozen=True)
 class Configuration:
     """Tiles of each kernel. The one-tile kernels take sequences of up to `forward_one_tile.keys` and 2 * `backward_one_tile.queries` tokens
-    (whose keys are as many). Of longer ones, dq and dkv leave the first so many rows to it: a multiple of their own."""
+    (whose keys are as many). Of longer ones, dq and dkv leave the first so many rows to it: a multiple of their own. None = no such
+    kernel: on sm_80, whose operands all pass through registers, it spills; in fp32 rows are twice as wide."""
 
-    forward_one_tile: Tiles
+    forward_one_tile: Tiles | None
     forward: Tiles
     backward_one_tile: Tiles | None
     dq: Tiles
     dkv: Tiles
 
 
-BASE = Configuration(
-    forward_one_tile=Tiles(64, 128, 4, 2, 168),
-    forward=Tiles(128, 64, 8, 3, 128),
-    backward_one_tile=Tiles(64, 64, 4, 1),
-    dq=Tiles(128, 64, 8, 2, 128),
-    dkv=Tiles(64, 64, 4, 2),
-)
-# By the bytes of a tile's row.
-CONFIGURATIONS = {arch: dict.fromkeys((128, 256, 512), BASE) for arch in (80, 90, 100)}
+# What a tuning run tries for D = 64 in half precision on sm_90; the kept ones stand first. benchmarks/notes/triton_attention.md has the reasons.
+CANDIDATES = {
+    "forward_one_tile": (
+        Tiles(64, 128, maxnreg=168),
+        Tiles(64, 128, num_stages=1),
+        Tiles(64, 128, maxnreg=128, spills=16),
+    ),
+    "forward": (
+        Tiles(128, 64, 8, 3, 128),
+        Tiles(128, 64, 8, 2, 128),
+        Tiles(64, 64, maxnreg=168),
+        Tiles(128, 64, spills=8),
+    ),
+    "backward_one_tile": (Tiles(64, 64, num_stages=1, spills=24),),
+    "dq": (Tiles(128, 64, 8, 2, 128), Tiles(64, 64, maxnreg=168)),
+    "dkv": (Tiles(64, 64, spills=8), Tiles(64, 64, num_stages=3, spills=8), Tiles(64, 64, num_stages=1)),
+}
+
+# By the bytes of a number and the columns of a tile.
+CONFIGURATIONS = {
+    80: {
+        (2, 64): Configuration(
+            Tiles(64, 128), Tiles(64, 64, maxnreg=168), None, Tiles(64, 64, spills=8), Tiles(64, 64, spills=8)
+        ),
+        (2, 128): Configuration(
+            Tiles(64, 128, num_stages=1), Tiles(128, 64, 8), None, Tiles(64, 64, spills=4), Tiles(64, 64, 8, spills=8)
+        ),
+        (4, 64): Configuration(
+            Tiles(32, 64, num_stages=1), Tiles(32, 64, num_stages=1), None, Tiles(32, 64, num_stages=1),
+            Tiles(32, 64, num_stages=1, spills=280),
+        ),
+        (4, 128): Configuration(
+            None, Tiles(16, 64, num_stages=1, spills=32), None, Tiles(16, 64, num_stages=1, spills=96),
+            Tiles(32, 64, 8, 1, spills=600),
+        ),
+    },
+    90: {
+        (2, 64): Configuration(**{kernel: tiles[0] for kernel, tiles in CANDIDATES.items()}),
+        (2, 128): Configuration(
+            Tiles(64, 128), Tiles(128, 64, 8), None, Tiles(128, 64, 8), Tiles(64, 64, 8, spills=8)
+        ),
+        (4, 64): Configuration(
+            Tiles(64, 64, num_stages=1), Tiles(64, 64, num_stages=1, spills=8), None, Tiles(32, 64, num_stages=1),
+            Tiles(32, 64, num_stages=1, spills=80),
+        ),
+        (4, 128): Configuration(
+            None, Tiles(16, 64, num_stages=1, spills=64), None, Tiles(16, 64, num_stages=1, spills=140),
+            Tiles(32, 64, 8, 1, spills=280),
+        ),
+    },
+    100: {
+        (2, 64): Configuration(
+            Tiles(64, 128, num_stages=1), Tiles(128, 64, 8, 3, 128), Tiles(64, 64, num_stages=1),
+            Tiles(128, 64, 8, 2, 128), Tiles(64, 64),
+        ),
+        (2, 128): Configuration(
+            Tiles(64, 128, num_stages=1), Tiles(128, 64, 8), Tiles(64, 64, 8, 1), Tiles(128, 64, 8), Tiles(64, 64, 8)
+        ),
+        (4, 64): Configuration(
+            Tiles(64, 64, 8, 1), Tiles(64, 64, 8), None, Tiles(32, 64, num_stages=1),
+            Tiles(32, 64, num_stages=1, spills=40),
+        ),
+        (4, 128): Configuration(
+            Tiles(64, 64, 8, 1), Tiles(64, 64, 8, 1, spills=120), None, Tiles(16, 64, num_stages=1, spills=110),
+            Tiles(32, 64, 8, 1, spills=150),
+        ),
+    },
+}  # fmt: skip
+CONFIGURATIONS[120] = CONFIGURATIONS[80]  # no tensor memory, and shared memory as small as on sm_86
+
+
+# How matrix products of fp32 are made of tf32: three of them, to the last bits of fp32. Half precision has one way.
+PRECISION = {True: "tf32x3", False: "ieee"}
 
 
 def _configuration(q: Tensor) -> Configuration:
-    return _triton.configuration(CONFIGURATIONS, q.device)[_block_d(q.shape[-1]) * q.element_size()]
+    return _triton.configuration(CONFIGURATIONS, q.device)[q.element_size(), _block_d(q.shape[-1])]
 
 
 def _block_d(head_dim: int) -> int:
@@ -72,8 +138,7 @@ def forward(q, k, v, seqlens, max_seqlen, scale, rng, site, threshold, with_lse)
     dropout = (rng, site, threshold, philox.scale(threshold))
     sequences = _sequences(q, seqlens)
     with _triton.on(q.device):
-        if max_seqlen <= chosen.forward_one_tile.keys:
-            tiles = chosen.forward_one_tile
+        if (tiles := chosen.forward_one_tile) is not None and max_seqlen <= tiles.keys:
             keys = min(tiles.keys, max(64, triton.next_power_of_2(max_seqlen)))
             triton_forward.attention_fwd_one_tile_kernel[(sequences * heads,)](
                 *arguments, scale, *dropout, **constants, BLOCK_Q=tiles.queries, BLOCK_K=keys, **tiles.options()
@@ -153,7 +218,7 @@ def _constants(q: Tensor, threshold: int) -> dict[str, object]:
         "BLOCK_D": _block_d(q.shape[-1]),
         "PACKED": q.dim() == 3,
         "DROPOUT": threshold > 0,
-        "PRECISION": "tf32x3" if q.dtype == torch.float32 else "ieee",
+        "PRECISION": PRECISION[q.dtype == torch.float32],
     }
 
 
@@ -177,39 +242,48 @@ def _lse_strides(q: Tensor) -> tuple[int, int]:
     return (q.shape[-2] * tokens if q.dim() == 4 else 0), tokens
 
 
-def compilations(arch: int) -> list[_triton.Compilation]:
-    return [
-        _compilation(arch, kernel, tiles, dtype, head_dim, dropout)
-        for dtype, head_dim, dropout in (("bf16", 64, True), ("bf16", 64, False))
-        for kernel, tiles in KERNELS
-    ]
-
-
-KERNELS = (
-    (triton_forward.attention_fwd_one_tile_kernel, "forward_one_tile"),
-    (triton_forward.attention_fwd_kernel, "forward"),
-    (triton_backward.attention_bwd_one_tile_kernel, "backward_one_tile"),
-    (triton_backward.attention_bwd_dq_kernel, "dq"),
-    (triton_backward.attention_bwd_dkv_kernel, "dkv"),
-)
+KERNELS = {
+    "forward_one_tile": triton_forward.attention_fwd_one_tile_kernel,
+    "forward": triton_forward.attention_fwd_kernel,
+    "backward_one_tile": triton_backward.attention_bwd_one_tile_kernel,
+    "dq": triton_backward.attention_bwd_dq_kernel,
+    "dkv": triton_backward.attention_bwd_dkv_kernel,
+}
 TYPES = {"seqlens_ptr": "*i32:16", "rng_ptr": "*i64:16", "lse_ptr": "*fp32:16", "delta_ptr": "*fp32:16"}
 
 
-def _compilation(arch: int, kernel, tiles: str, dtype: str, head_dim: int, dropout: bool) -> _triton.Compilation:
+def compilations(arch: int) -> list[_triton.Compilation]:
+    shapes = (("bf16", 64, True), ("bf16", 64, False), ("fp16", 128, True), ("fp32", 64, True), ("fp32", 96, True))
+    return [
+        _compilation(arch, kernel, tiles, *shape)
+        for shape in shapes
+        for kernel in KERNELS
+        if (tiles := getattr(CONFIGURATIONS[arch][_itemsize(shape[0]), _block_d(shape[1])], kernel)) is not None
+    ]
+
+
+def _itemsize(dtype: str) -> int:
+    return 4 if dtype == "fp32" else 2
+
+
+def _compilation(arch: int, kernel: str, tiles: Tiles, dtype: str, head_dim: int, dropout: bool) -> _triton.Compilation:
     """Packed views of one qkv, with the statistics that training stores."""
+    function = KERNELS[kernel]
     constants = {
         "HEAD_DIM": head_dim,
         "BLOCK_D": _block_d(head_dim),
+        "BLOCK_Q": tiles.queries,
+        "BLOCK_K": tiles.keys,
+        "BLOCK": tiles.queries,
+        "TWO": True,
+        "SHORT": 0 if CONFIGURATIONS[arch][_itemsize(dtype), _block_d(head_dim)].backward_one_tile is None else 128,
         "PACKED": True,
         "DROPOUT": dropout,
         "WITH_LSE": True,
         "POSITIVE": True,
-        "SHORT": 128,
-        "PRECISION": "tf32x3" if dtype == "fp32" else "ieee",
+        "PRECISION": PRECISION[dtype == "fp32"],
     }
-    chosen = getattr(CONFIGURATIONS[arch][_block_d(head_dim) * (4 if dtype == "fp32" else 2)], tiles)
-    constants |= {"BLOCK_Q": chosen.queries, "BLOCK_K": chosen.keys, "BLOCK": chosen.queries, "TWO": True}
-    constants = {name: value for name, value in constants.items() if name in kernel.arg_names}
+    constants = {name: value for name, value in constants.items() if name in function.arg_names}
 
     def kind(name: str) -> str:
         if name in TYPES:
@@ -221,12 +295,13 @@ def _compilation(arch: int, kernel, tiles: str, dtype: str, head_dim: int, dropo
         return "i32" if name in triton_forward.NUMBERS else "i32:16"
 
     return _triton.Compilation(
-        name=f"{kernel.__name__.removesuffix('_kernel')} {head_dim} {dtype}" + ("" if dropout else " p=0"),
-        kernel=kernel,
-        signature={name: kind(name) for name in kernel.arg_names if name not in constants},
+        name=f"attention {kernel} {head_dim} {dtype}" + ("" if dropout else " p=0"),
+        kernel=function,
+        signature={name: kind(name) for name in function.arg_names if name not in constants},
         constants=constants,
-        **chosen.options(),
-        max_registers=chosen.maxnreg or 255,
-        max_narrow=16,
-        sass={90: ("HGMMA",)},
+        **tiles.options(),
+        max_registers=tiles.maxnreg or 255,
+        max_spills=tiles.spills,
+        max_narrow=24,  # lengths, seed and step, and a row's statistics
+        sass={90: ("HGMMA",), 100: ("UTCHMMA",)} if dtype != "fp32" else {},
     )
