@@ -408,7 +408,7 @@ def test_bad_cu_seqlens(impl, cu, max_seqlen, error, message):
         ops.attention_varlen(*[torch.ones(4, 2, 32)] * 3, cu, max_seqlen, impl=impl)
 
 
-def test_bad_input():
+def test_bad_input(monkeypatch):
     x = torch.ones(1, 4, 2, 8)
     with pytest.raises(ValueError, match=r"attention: q must be \[B, S, H, D\], got \[4, 2, 8\]"):
         ops.attention(x[0], x[0], x[0])
@@ -434,6 +434,11 @@ def test_bad_input():
         ValueError, match="triton takes head dimensions 32, 64, 96, 128, got 80; usable: native, reference"
     ):
         ops.attention(*[torch.ones(1, 1, 1, 80)] * 3, impl="triton")
+    monkeypatch.setattr(attention_op._triton, "shared_memory", lambda device: 99 << 10)  # of a consumer GPU
+    with pytest.raises(
+        ValueError, match=r"wants 163840 bytes of shared memory .* in float32, got 101376; usable: native"
+    ):
+        ops.attention(*[torch.ones(1, 1, 1, 96)] * 3, impl="triton")
     with pytest.raises(ValueError, match="triton takes float32, bfloat16 and float16, got float64"):
         ops.attention(*[torch.ones(1, 1, 1, 64).double()] * 3, impl="triton")
     with pytest.raises(ValueError, match="native takes float32 and bfloat16, got float64"):

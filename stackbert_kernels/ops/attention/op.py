@@ -10,11 +10,12 @@ import torch
 from torch import Tensor
 
 from stackbert_kernels.ops import _library as library
-from stackbert_kernels.ops import philox
+from stackbert_kernels.ops import _triton, philox
 from stackbert_kernels.ops.attention import native, reference
 
 MAX_HEAD_DIM = 256  # csrc/attention/attention.h
 TRITON_HEAD_DIMS = (32, 64, 96, 128)
+TRITON_WIDE_FP32 = 160 << 10  # bytes of shared memory for head dimensions above 64 in float32
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor, seqlens: Tensor, max_seqlen: int) -> None:
@@ -82,7 +83,7 @@ def _qkv_on_cpu(forward):
     return checked
 
 
-def _triton(name: str):
+def _lazy(name: str):
     return library.lazy("stackbert_kernels.ops.attention.triton_kernel", name)
 
 
@@ -90,25 +91,25 @@ FORWARD = {
     "cpu": {
         "reference": _on_cpu(reference.forward),
         "native": _on_cpu(native.forward),
-        "triton": _on_cpu(_triton("forward")),
+        "triton": _on_cpu(_lazy("forward")),
     },
-    "cuda": {"reference": reference.forward, "triton": _triton("forward")},
+    "cuda": {"reference": reference.forward, "triton": _lazy("forward")},
 }
 BACKWARD = {
-    "cpu": {"reference": reference.backward, "native": native.backward, "triton": _triton("backward")},
-    "cuda": {"reference": reference.backward, "triton": _triton("backward")},
+    "cpu": {"reference": reference.backward, "native": native.backward, "triton": _lazy("backward")},
+    "cuda": {"reference": reference.backward, "triton": _lazy("backward")},
 }
 QKV_FORWARD = {
     "cpu": {
         "reference": _qkv_on_cpu(reference.qkv_forward),
         "native": _qkv_on_cpu(native.qkv_forward),
-        "triton": _qkv_on_cpu(_triton("qkv_forward")),
+        "triton": _qkv_on_cpu(_lazy("qkv_forward")),
     },
-    "cuda": {"reference": reference.qkv_forward, "triton": _triton("qkv_forward")},
+    "cuda": {"reference": reference.qkv_forward, "triton": _lazy("qkv_forward")},
 }
 QKV_BACKWARD = {
-    "cpu": {"reference": reference.qkv_backward, "native": native.qkv_backward, "triton": _triton("qkv_backward")},
-    "cuda": {"reference": reference.qkv_backward, "triton": _triton("qkv_backward")},
+    "cpu": {"reference": reference.qkv_backward, "native": native.qkv_backward, "triton": _lazy("qkv_backward")},
+    "cuda": {"reference": reference.qkv_backward, "triton": _lazy("qkv_backward")},
 }
 
 
@@ -143,6 +144,10 @@ def _why_not(impl: str, q: Tensor) -> str | None:
         return f"native takes head dimensions up to {MAX_HEAD_DIM}, got {q.shape[-1]}"
     if impl == "triton" and q.shape[-1] not in TRITON_HEAD_DIMS:
         return f"triton takes head dimensions {', '.join(map(str, TRITON_HEAD_DIMS))}, got {q.shape[-1]}"
+    if impl == "triton" and q.dtype == torch.float32 and q.shape[-1] > 64:
+        shared = _triton.shared_memory(q.device)
+        if shared < TRITON_WIDE_FP32:
+            return f"triton wants {TRITON_WIDE_FP32} bytes of shared memory for head dimensions above 64 in float32, got {shared}"
     return library.only_dtypes(impl, q)
 
 

@@ -65,7 +65,7 @@ CANDIDATES = {
 CONFIGURATIONS = {
     80: {
         (2, 64): Configuration(
-            Tiles(64, 128), Tiles(64, 64, maxnreg=168), None, Tiles(64, 64, spills=8), Tiles(64, 64, spills=8)
+            Tiles(64, 128), Tiles(64, 64), None, Tiles(64, 64, spills=8), Tiles(64, 64, spills=8)
         ),
         (2, 128): Configuration(
             Tiles(64, 128, num_stages=1), Tiles(128, 64, 8), None, Tiles(64, 64, spills=4), Tiles(64, 64, 8, spills=8)
