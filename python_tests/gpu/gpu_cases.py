@@ -203,6 +203,7 @@ SMALL = (
     packed("packed", (0, 1, 37, 65, 130), 2, 64, 0.1),
     fused("fused", (70, 3, 64), 3, 32, 0.1),
     padded("padded", 70, (70, 0, 33), 2, 40, 0.3),
+    padded("tiles", 260, (129, 0, 260, 33), 2, 96, 0.1),
     packed("p=0", (5, 129), 1, 128, 0.0),
     layer_norm("odd", 5, 20),
     layer_norm("one", 1, 1),
