@@ -9,10 +9,10 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check -q install -c constraint
 C_SOURCES := $(shell find csrc -name '*.h' -o -name '*.cuh' -o -name '*.cpp' -o -name '*.cu')
 
 .DEFAULT_GOAL := help
-.PHONY: help build demo test bench lint format clean
+.PHONY: help build demo test test-all bench lint format clean
 
 help:  ## this list
-	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 16
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 16
 
 build: .venv/.built  ## environment in .venv, with the package compiled and installed in it (editable)
 
@@ -21,6 +21,9 @@ demo: build  ## pre-train a small BERT on the documentation of this machine's Py
 
 test: build  ## the whole test suite
 	$(BIN)/python -m pytest -q
+
+test-all: build  ## that, and every planted fault of the CUDA kernels
+	$(BIN)/python -m pytest -q --all-mutants
 
 bench: build  ## every op and the training step beside PyTorch and what else is installed, on this machine
 	$(BIN)/python -m benchmarks
