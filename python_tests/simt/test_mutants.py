@@ -25,6 +25,7 @@ class Mutant(NamedTuple):
 
 
 LAYER_NORM = "layer_norm/layer_norm_cuda.cu"
+ATTENTION, TILES = "attention/attention_cuda.cu", "attention/tiles.cuh"
 DUPLICATE = "duplicate_layers/duplicate_layers_cuda.cu"
 MUTANTS = [
     Mutant("common/rows.cuh", "a sum over warps without its barrier", "    ptx::block_sync();\n    x = 0.f;", "    x = 0.f;",
@@ -47,6 +48,25 @@ MUTANTS = [
            "test_layer_norm_cuda.py"),
     Mutant(LAYER_NORM, "the last partial sums left out", "b < a.blocks; b += kAddWarps", "b < a.blocks - 1; b += kAddWarps",
            "test_layer_norm_cuda.py"),
+    Mutant(ATTENTION, "keys read before their copies land", "ptx::wait_copies<kOneTile ? 1 : 3>();", "ptx::wait_copies<kOneTile ? 2 : 4>();",
+           "test_attention_cuda.py", quick=True),
+    Mutant(ATTENTION, "a tile overwritten while it is read", "    if constexpr (!kOneTile) ptx::block_sync();", "    ",
+           "test_attention_cuda.py"),
+    Mutant(ATTENTION, "the mask of the lower rows for the upper", "kept_of_row(key, of_keys, query + 8,", "kept_of_row(key, of_keys, query,",
+           "test_attention_cuda.py"),
+    Mutant(ATTENTION, "a sum not rescaled", "sum[half] *= less;", "", "test_attention_cuda.py"),
+    Mutant(ATTENTION, "a key too many", "place.length - tile * kKeys);", "place.length - tile * kKeys + 1);", "test_attention_cuda.py"),
+    Mutant(ATTENTION, "a mask bit shifted in dk and dv", ">> (own / 4 + g % 2)", ">> (own / 4)", "test_attention_cuda.py"),
+    Mutant(ATTENTION, "gradients without delta", "factor - delta[half])", "factor)", "test_attention_cuda.py"),
+    Mutant(ATTENTION, "scores written over keys that are still read", "  ptx::block_sync();  // keys and values are done with\n", "",
+           "test_attention_cuda.py"),
+    Mutant(ATTENTION, "padding left unwritten", "if (row >= place.length && row < end)", "if (row > place.length && row < end)",
+           "test_attention_cuda.py"),
+    Mutant(TILES, "a row too many copied", "row < rows ? data + row * from.token + c * 8 : data, row < rows)",
+           "row <= rows ? data + row * from.token + c * 8 : data, row <= rows)", "test_attention_cuda.py", quick=True),
+    Mutant(TILES, "a fragment's halves swapped", "return {{c[2 * i][0], c[2 * i][1], c[2 * i + 1][0], c[2 * i + 1][1]}};",
+           "return {{c[2 * i][0], c[2 * i + 1][0], c[2 * i][1], c[2 * i + 1][1]}};", "test_attention_cuda.py"),
+    Mutant(TILES, "a swizzle that reading does not know", "kChunks >= 8 ? row % 8 : row / 2 % 4", "ptx::lane() % 2", "test_attention_cuda.py"),
     Mutant(DUPLICATE, "rows first to last", "for (int64_t i = a.n - 1; i >= 0; --i)", "for (int64_t i = 0; i < a.n; ++i)",
            "test_duplicate_layers_cuda.py", quick=True),
     Mutant(DUPLICATE, "a copy one element too long", "if (c < a.columns) ptx::store", "if (c <= a.columns) ptx::store",

@@ -14,6 +14,7 @@ from stackbert_kernels.ops import _triton, philox
 from stackbert_kernels.ops.attention import native, reference
 
 MAX_HEAD_DIM = 256  # csrc/attention/attention.h
+CUDA_HEAD_DIMS = (32, 64, 128)
 TRITON_HEAD_DIMS = (32, 64, 96, 128)
 TRITON_WIDE_FP32 = 160 << 10  # bytes of shared memory for head dimensions above 64 in float32
 
@@ -93,11 +94,11 @@ FORWARD = {
         "native": _on_cpu(native.forward),
         "triton": _on_cpu(_lazy("forward")),
     },
-    "cuda": {"reference": reference.forward, "triton": _lazy("forward")},
+    "cuda": {"reference": reference.forward, "native": native.forward_cuda, "triton": _lazy("forward")},
 }
 BACKWARD = {
     "cpu": {"reference": reference.backward, "native": native.backward, "triton": _lazy("backward")},
-    "cuda": {"reference": reference.backward, "triton": _lazy("backward")},
+    "cuda": {"reference": reference.backward, "native": native.backward_cuda, "triton": _lazy("backward")},
 }
 QKV_FORWARD = {
     "cpu": {
@@ -105,11 +106,15 @@ QKV_FORWARD = {
         "native": _qkv_on_cpu(native.qkv_forward),
         "triton": _qkv_on_cpu(_lazy("qkv_forward")),
     },
-    "cuda": {"reference": reference.qkv_forward, "triton": _lazy("qkv_forward")},
+    "cuda": {"reference": reference.qkv_forward, "native": native.qkv_forward_cuda, "triton": _lazy("qkv_forward")},
 }
 QKV_BACKWARD = {
     "cpu": {"reference": reference.qkv_backward, "native": native.qkv_backward, "triton": _lazy("qkv_backward")},
-    "cuda": {"reference": reference.qkv_backward, "triton": _lazy("qkv_backward")},
+    "cuda": {
+        "reference": reference.qkv_backward,
+        "native": native.qkv_backward_cuda,
+        "triton": _lazy("qkv_backward"),
+    },
 }
 
 
@@ -140,7 +145,12 @@ SETTINGS = "Tensor seqlens, int max_seqlen, float scale, Tensor rng, int site, i
 
 
 def _why_not(impl: str, q: Tensor) -> str | None:
-    if impl == "native" and q.shape[-1] > MAX_HEAD_DIM:
+    if impl == "native" and q.is_cuda:
+        if q.shape[-1] not in CUDA_HEAD_DIMS:
+            return f"native takes head dimensions {', '.join(map(str, CUDA_HEAD_DIMS))} on a GPU, got {q.shape[-1]}"
+        if q.dtype == torch.float32:
+            return "native takes float16 and bfloat16 on a GPU, got float32"
+    elif impl == "native" and q.shape[-1] > MAX_HEAD_DIM:
         return f"native takes head dimensions up to {MAX_HEAD_DIM}, got {q.shape[-1]}"
     if impl == "triton" and q.shape[-1] not in TRITON_HEAD_DIMS:
         return f"triton takes head dimensions {', '.join(map(str, TRITON_HEAD_DIMS))}, got {q.shape[-1]}"

@@ -18,6 +18,7 @@ from stackbert_kernels.ops import philox
 from stackbert_kernels.ops.layer_norm import native, reference
 
 TRITON_COLUMNS = 8192  # a row and its gradients lie in the registers of one program
+CUDA_COLUMNS = 8192  # csrc/layer_norm/layer_norm.h
 
 
 def _check_x(op: str, x: Tensor) -> None:
@@ -104,6 +105,8 @@ def _triton(function: str) -> Callable:
 def _why_not(impl: str, x: Tensor) -> str | None:
     if impl == "triton" and x.shape[1] > TRITON_COLUMNS:
         return f"triton takes rows of at most {TRITON_COLUMNS} elements, got {x.shape[1]}"
+    if impl == "native" and x.is_cuda and x.shape[1] > CUDA_COLUMNS:
+        return f"native takes rows of at most {CUDA_COLUMNS} elements on a GPU, got {x.shape[1]}"
     return library.only_dtypes(impl, x)
 
 
@@ -113,7 +116,11 @@ FORWARD = {
         "native": native.layer_norm_fwd,
         "triton": _triton("layer_norm_fwd"),
     },
-    "cuda": {"reference": reference.layer_norm_fwd, "triton": _triton("layer_norm_fwd")},
+    "cuda": {
+        "reference": reference.layer_norm_fwd,
+        "native": native.layer_norm_fwd_cuda,
+        "triton": _triton("layer_norm_fwd"),
+    },
 }
 FORWARD_ONLY = {
     "cpu": {
@@ -121,7 +128,11 @@ FORWARD_ONLY = {
         "native": native.layer_norm_forward_only,
         "triton": _triton("layer_norm_forward_only"),
     },
-    "cuda": {"reference": reference.layer_norm_forward_only, "triton": _triton("layer_norm_forward_only")},
+    "cuda": {
+        "reference": reference.layer_norm_forward_only,
+        "native": native.layer_norm_forward_only_cuda,
+        "triton": _triton("layer_norm_forward_only"),
+    },
 }
 BACKWARD = {
     "cpu": {
@@ -129,7 +140,11 @@ BACKWARD = {
         "native": native.layer_norm_bwd,
         "triton": _triton("layer_norm_bwd"),
     },
-    "cuda": {"reference": reference.layer_norm_bwd, "triton": _triton("layer_norm_bwd")},
+    "cuda": {
+        "reference": reference.layer_norm_bwd,
+        "native": native.layer_norm_bwd_cuda,
+        "triton": _triton("layer_norm_bwd"),
+    },
 }
 
 LAYER_NORM = library.Op("layer_norm", FORWARD, _why_not)
@@ -212,7 +227,11 @@ ADD_NORM_FORWARD = {
         "native": native.dropout_add_layer_norm_fwd,
         "triton": _triton("dropout_add_layer_norm_fwd"),
     },
-    "cuda": {"reference": reference.dropout_add_layer_norm_fwd, "triton": _triton("dropout_add_layer_norm_fwd")},
+    "cuda": {
+        "reference": reference.dropout_add_layer_norm_fwd,
+        "native": native.dropout_add_layer_norm_fwd_cuda,
+        "triton": _triton("dropout_add_layer_norm_fwd"),
+    },
 }
 ADD_NORM_FORWARD_ONLY = {
     "cpu": {
@@ -222,6 +241,7 @@ ADD_NORM_FORWARD_ONLY = {
     },
     "cuda": {
         "reference": reference.dropout_add_layer_norm_forward_only,
+        "native": native.dropout_add_layer_norm_forward_only_cuda,
         "triton": _triton("dropout_add_layer_norm_forward_only"),
     },
 }
@@ -231,7 +251,11 @@ ADD_NORM_BACKWARD = {
         "native": native.dropout_add_layer_norm_bwd,
         "triton": _triton("dropout_add_layer_norm_bwd"),
     },
-    "cuda": {"reference": reference.dropout_add_layer_norm_bwd, "triton": _triton("dropout_add_layer_norm_bwd")},
+    "cuda": {
+        "reference": reference.dropout_add_layer_norm_bwd,
+        "native": native.dropout_add_layer_norm_bwd_cuda,
+        "triton": _triton("dropout_add_layer_norm_bwd"),
+    },
 }
 
 DROPOUT_ADD_LAYER_NORM = library.Op("dropout_add_layer_norm", ADD_NORM_FORWARD, _why_not)
