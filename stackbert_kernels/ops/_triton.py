@@ -84,14 +84,6 @@ def multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
 
 
-@functools.cache
-def shared_memory(device: torch.device) -> int:
-    """Bytes that one program may have, at most; a data-centre GPU's where there is none."""
-    if device.type != "cuda" or not torch.cuda.is_available():
-        return 163 << 10
-    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin
-
-
 def on(device: torch.device) -> contextlib.AbstractContextManager:
     """Launches inside go to this device. Costs nothing where it is the current one."""
     if device.type != "cuda" or device.index == torch.cuda.current_device():

@@ -10,13 +10,12 @@ import torch
 from torch import Tensor
 
 from stackbert_kernels.ops import _library as library
-from stackbert_kernels.ops import _triton, philox
+from stackbert_kernels.ops import philox
 from stackbert_kernels.ops.attention import native, reference
 
 MAX_HEAD_DIM = 256  # csrc/attention/attention.h
 CUDA_HEAD_DIMS = (32, 64, 128)
 TRITON_HEAD_DIMS = (32, 64, 96, 128)
-TRITON_WIDE_FP32 = 160 << 10  # bytes of shared memory for head dimensions above 64 in float32
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor, seqlens: Tensor, max_seqlen: int) -> None:
@@ -154,10 +153,6 @@ def _why_not(impl: str, q: Tensor) -> str | None:
         return f"native takes head dimensions up to {MAX_HEAD_DIM}, got {q.shape[-1]}"
     if impl == "triton" and q.shape[-1] not in TRITON_HEAD_DIMS:
         return f"triton takes head dimensions {', '.join(map(str, TRITON_HEAD_DIMS))}, got {q.shape[-1]}"
-    if impl == "triton" and q.dtype == torch.float32 and q.shape[-1] > 64:
-        shared = _triton.shared_memory(q.device)
-        if shared < TRITON_WIDE_FP32:
-            return f"triton wants {TRITON_WIDE_FP32} bytes of shared memory for head dimensions above 64 in float32, got {shared}"
     return library.only_dtypes(impl, q)
 
 

@@ -16,13 +16,13 @@ import triton
 import triton.language as tl
 
 from stackbert_kernels.ops._triton_language import attention_kept, dropout_key
-from stackbert_kernels.ops.attention.triton_forward import LOG2E, NUMBERS, extent, load_rows, store_rows
+from stackbert_kernels.ops.attention.triton_forward import LOG2E, NUMBERS, extent, load_rows, product, store_rows
 
 
 @triton.jit
 def tile_gradients(
     q, k, v, dout, statistics, query, first_key, place,
-    KEYS: tl.constexpr, ONLY_DS: tl.constexpr, BRANCH: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
+    KEYS: tl.constexpr, ONLY_DS: tl.constexpr, BRANCH: tl.constexpr, DROPOUT: tl.constexpr,
 ):  # fmt: skip
     """(M P, dS) of a tile; (P, dS) where dS alone is wanted; without the factors 1 / keep rate and scale.
 
@@ -30,7 +30,7 @@ def tile_gradients(
     """
     lse, delta = statistics
     sequence, head, length, scale, k0, k1, threshold = place
-    scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+    scores = product(q, tl.trans(k))
     p = tl.exp2(scores * (scale * LOG2E) - lse[:, None])
     # Keys past the length are zeros, yet their p is not, and may be infinite: infinity * 0 in dQ. A branch costs registers, leaving it
     # out 1.5 instructions a score.
@@ -43,7 +43,7 @@ def tile_gradients(
         kept = attention_kept(k0, k1, sequence, head, query, first_key, threshold, KEYS)
     dropped = p
     if ONLY_DS:
-        dp = tl.dot(dout, tl.trans(v), input_precision=PRECISION)
+        dp = product(dout, tl.trans(v))
         if DROPOUT:
             dp = tl.where(kept, dp, 0.0)
         ds = p * (dp - delta[:, None])
@@ -51,7 +51,7 @@ def tile_gradients(
         if DROPOUT:
             dropped = tl.where(kept, p, scale * 0.0)  # a constant would be selected after packing to 16 bits
         p_delta = p * delta[:, None]
-        dp = tl.dot(dout, tl.trans(v), input_precision=PRECISION)
+        dp = product(dout, tl.trans(v))
         ds = dropped * dp - p_delta
     return dropped.to(q.dtype), ds.to(q.dtype)
 
@@ -80,7 +80,7 @@ def attention_bwd_one_tile_kernel(
     seqlens_ptr, heads, padded_rows, scale,
     rng_ptr, site, threshold, factor,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK: tl.constexpr, TWO: tl.constexpr,
-    PACKED: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
+    PACKED: tl.constexpr, DROPOUT: tl.constexpr,
 ):  # fmt: skip
     """A program does one (sequence, head) of up to BLOCK, or with TWO up to 2 BLOCK tokens; of longer ones, which are the other kernels',
     nothing. Every row is read once and stays in shared memory; the order of the four tiles keeps three gradients in registers."""
@@ -120,35 +120,31 @@ def attention_bwd_one_tile_kernel(
             out_ptr, out_token, lse_ptr, do_b, BLOCK, length, factor, BLOCK, HEAD_DIM, BLOCK_D
         )
 
-    dropped, ds = tile_gradients(
-        q_a, k_a, v_a, do_a, statistics_a, rows_a, 0, place, BLOCK, False, False, DROPOUT, PRECISION
-    )
-    dv = tl.dot(tl.trans(do_a), dropped, input_precision=PRECISION)  # [D, keys], as dk
-    dk = tl.dot(tl.trans(q_a), ds, input_precision=PRECISION)
-    dq_a = tl.dot(ds, k_a, input_precision=PRECISION)
+    dropped, ds = tile_gradients(q_a, k_a, v_a, do_a, statistics_a, rows_a, 0, place, BLOCK, False, False, DROPOUT)
+    dv = product(tl.trans(do_a), dropped)  # [D, keys], as dk
+    dk = product(tl.trans(q_a), ds)
+    dq_a = product(ds, k_a)
     if TWO:
-        dropped, ds = tile_gradients(
-            q_b, k_a, v_a, do_b, statistics_b, rows_b, 0, place, BLOCK, False, False, DROPOUT, PRECISION
-        )
-        dv = tl.dot(tl.trans(do_b), dropped, dv, input_precision=PRECISION)
-        dk = tl.dot(tl.trans(q_b), ds, dk, input_precision=PRECISION)
-        dq_b = tl.dot(ds, k_a, input_precision=PRECISION)
+        dropped, ds = tile_gradients(q_b, k_a, v_a, do_b, statistics_b, rows_b, 0, place, BLOCK, False, False, DROPOUT)
+        dv = product(tl.trans(do_b), dropped, dv)
+        dk = product(tl.trans(q_b), ds, dk)
+        dq_b = product(ds, k_a)
     store_rows(dv_ptr, tl.trans(dv * factor), 0, dx_token, rows, HEAD_DIM)
     store_rows(dk_ptr, tl.trans(dk * (scale * factor)), 0, dx_token, rows, HEAD_DIM)
     if TWO:
         dropped, ds = tile_gradients(
-            q_b, k_b, v_b, do_b, statistics_b, rows_b, BLOCK, place, BLOCK, False, False, DROPOUT, PRECISION
+            q_b, k_b, v_b, do_b, statistics_b, rows_b, BLOCK, place, BLOCK, False, False, DROPOUT
         )
-        dv = tl.dot(tl.trans(do_b), dropped, input_precision=PRECISION)
-        dk = tl.dot(tl.trans(q_b), ds, input_precision=PRECISION)
-        dq_b = tl.dot(ds, k_b, dq_b, input_precision=PRECISION)
+        dv = product(tl.trans(do_b), dropped)
+        dk = product(tl.trans(q_b), ds)
+        dq_b = product(ds, k_b, dq_b)
         store_rows(dq_ptr, dq_b * (scale * factor), BLOCK, dx_token, rows, HEAD_DIM)
         dropped, ds = tile_gradients(
-            q_a, k_b, v_b, do_a, statistics_a, rows_a, BLOCK, place, BLOCK, False, False, DROPOUT, PRECISION
+            q_a, k_b, v_b, do_a, statistics_a, rows_a, BLOCK, place, BLOCK, False, False, DROPOUT
         )
-        dv = tl.dot(tl.trans(do_a), dropped, dv, input_precision=PRECISION)
-        dk = tl.dot(tl.trans(q_a), ds, dk, input_precision=PRECISION)
-        dq_a = tl.dot(ds, k_b, dq_a, input_precision=PRECISION)
+        dv = product(tl.trans(do_a), dropped, dv)
+        dk = product(tl.trans(q_a), ds, dk)
+        dq_a = product(ds, k_b, dq_a)
         store_rows(dv_ptr, tl.trans(dv * factor), BLOCK, dx_token, rows, HEAD_DIM)
         store_rows(dk_ptr, tl.trans(dk * (scale * factor)), BLOCK, dx_token, rows, HEAD_DIM)
     store_rows(dq_ptr, dq_a * (scale * factor), 0, dx_token, rows, HEAD_DIM)
@@ -166,7 +162,7 @@ def attention_bwd_dq_kernel(
     seqlens_ptr, heads, padded_rows, tiles, scale,
     rng_ptr, site, threshold, factor,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, SHORT: tl.constexpr,
-    PACKED: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
+    PACKED: tl.constexpr, DROPOUT: tl.constexpr,
 ):  # fmt: skip
     """A program does BLOCK_Q queries of one (sequence, head): delta, which the next kernel reads, and dQ. Sequences of up to SHORT tokens
     are the one-tile kernel's, but for padding past SHORT."""
@@ -200,10 +196,8 @@ def attention_bwd_dq_kernel(
     for first_key in range(0, keys, BLOCK_K):
         k = load_rows(k_ptr, first_key, k_token, length, BLOCK_K, HEAD_DIM, BLOCK_D)
         v = load_rows(v_ptr, first_key, v_token, length, BLOCK_K, HEAD_DIM, BLOCK_D)
-        _, ds = tile_gradients(
-            q, k, v, dout, statistics, query, first_key, place, BLOCK_K, True, True, DROPOUT, PRECISION
-        )
-        dq = tl.dot(ds, k, dq, input_precision=PRECISION)
+        _, ds = tile_gradients(q, k, v, dout, statistics, query, first_key, place, BLOCK_K, True, True, DROPOUT)
+        dq = product(ds, k, dq)
     store_rows(dq_ptr, dq * (scale * factor), start, dx_token, rows, HEAD_DIM)
 
 
@@ -218,7 +212,7 @@ def attention_bwd_dkv_kernel(
     seqlens_ptr, heads, padded_rows, tiles, scale,
     rng_ptr, site, threshold, factor,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, SHORT: tl.constexpr,
-    PACKED: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
+    PACKED: tl.constexpr, DROPOUT: tl.constexpr,
 ):  # fmt: skip
     """A program does BLOCK_K keys of one (sequence, head): dK and dV."""
     start = tl.program_id(0) % tiles * BLOCK_K
@@ -249,10 +243,8 @@ def attention_bwd_dkv_kernel(
         dout = load_rows(dout_ptr, first_query, dout_token, length, BLOCK_Q, HEAD_DIM, BLOCK_D)
         lse = tl.load(lse_ptr + row + query, mask=query < length, other=0.0) * LOG2E
         delta = tl.load(delta_ptr + row + query, mask=query < length, other=0.0)
-        dropped, ds = tile_gradients(
-            q, k, v, dout, (lse, delta), query, start, place, BLOCK_K, False, True, DROPOUT, PRECISION
-        )
-        dv = tl.dot(tl.trans(dout), dropped, dv, input_precision=PRECISION)
-        dk = tl.dot(tl.trans(q), ds, dk, input_precision=PRECISION)
+        dropped, ds = tile_gradients(q, k, v, dout, (lse, delta), query, start, place, BLOCK_K, False, True, DROPOUT)
+        dv = product(tl.trans(dout), dropped, dv)
+        dk = product(tl.trans(q), ds, dk)
     store_rows(dv_ptr + dx, tl.trans(dv * factor), start, dx_token, rows, HEAD_DIM)
     store_rows(dk_ptr + dx, tl.trans(dk * (scale * factor)), start, dx_token, rows, HEAD_DIM)

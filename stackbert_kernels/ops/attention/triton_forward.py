@@ -60,10 +60,16 @@ def store_rows(ptr, x, start, token_stride, limit, HEAD_DIM: tl.constexpr):
 
 
 @triton.jit
-def scaled_scores(q, k, scale, POSITIVE: tl.constexpr, PRECISION: tl.constexpr):
+def product(a, b, total=None):
+    """a b, added to total. fp32 is not rounded to tf32: nobody trains BERT in it, it is there to be right."""
+    return tl.dot(a, b, total, input_precision="ieee")
+
+
+@triton.jit
+def scaled_scores(q, k, scale, POSITIVE: tl.constexpr):
     """(scores, exponent) such that exp(q k^T * scale) = 2^(scores * exponent) and the exponent is positive. A positive scale is left to the
     exponent, where its product and the subtraction of the row's largest are one instruction."""
-    scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+    scores = product(q, tl.trans(k))
     exponent = scale * 0.0 + LOG2E
     if POSITIVE:
         exponent = scale * LOG2E
@@ -82,7 +88,7 @@ def attention_fwd_one_tile_kernel(
     seqlens_ptr, heads, padded_rows, scale,
     rng_ptr, site, threshold, factor,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
-    PACKED: tl.constexpr, DROPOUT: tl.constexpr, WITH_LSE: tl.constexpr, POSITIVE: tl.constexpr, PRECISION: tl.constexpr,
+    PACKED: tl.constexpr, DROPOUT: tl.constexpr, WITH_LSE: tl.constexpr, POSITIVE: tl.constexpr,
 ):  # fmt: skip
     """A program does one (sequence, head) of up to BLOCK_K keys: they are read once, and the softmax of a row is seen whole."""
     sequence = (tl.program_id(0) // heads).to(tl.int64)
@@ -102,7 +108,7 @@ def attention_fwd_one_tile_kernel(
     for start in range(0, rows, BLOCK_Q):
         query = start + tl.arange(0, BLOCK_Q)
         q = load_rows(q_ptr, start, q_token, length, BLOCK_Q, HEAD_DIM, BLOCK_D)
-        scores, exponent = scaled_scores(q, k, scale, POSITIVE, PRECISION)
+        scores, exponent = scaled_scores(q, k, scale, POSITIVE)
         scores = tl.where((key < length)[None, :], scores, float("-inf"))
         largest = tl.maximum(tl.max(scores, 1) * exponent, LOWEST)
         p = tl.exp2(scores * exponent - largest[:, None])
@@ -113,7 +119,7 @@ def attention_fwd_one_tile_kernel(
                 kept, p, scale * 0.0
             )  # no constant: LLVM would select after packing to 16 bits, unpacking for it
         inverse = tl.where(query < length, factor / total, 0.0)
-        out = tl.dot(p.to(v.dtype), v, input_precision=PRECISION) * inverse[:, None]
+        out = product(p.to(v.dtype), v) * inverse[:, None]
         store_rows(out_ptr, out, start, out_token, rows, HEAD_DIM)
         if WITH_LSE:
             lse = tl.where(query < length, (largest + tl.log2(total)) * LN2, 0.0)
@@ -130,7 +136,7 @@ def attention_fwd_kernel(
     seqlens_ptr, heads, padded_rows, tiles, scale,
     rng_ptr, site, threshold, factor,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
-    PACKED: tl.constexpr, DROPOUT: tl.constexpr, WITH_LSE: tl.constexpr, POSITIVE: tl.constexpr, PRECISION: tl.constexpr,
+    PACKED: tl.constexpr, DROPOUT: tl.constexpr, WITH_LSE: tl.constexpr, POSITIVE: tl.constexpr,
 ):  # fmt: skip
     """A program does BLOCK_Q queries of one (sequence, head) by the online softmax. Those of one head run side by side and share its
     keys in the L2 cache."""
@@ -158,7 +164,7 @@ def attention_fwd_kernel(
         key = first_key + tl.arange(0, BLOCK_K)
         k = load_rows(k_ptr, first_key, k_token, length, BLOCK_K, HEAD_DIM, BLOCK_D)
         v = load_rows(v_ptr, first_key, v_token, length, BLOCK_K, HEAD_DIM, BLOCK_D)
-        scores, exponent = scaled_scores(q, k, scale, POSITIVE, PRECISION)
+        scores, exponent = scaled_scores(q, k, scale, POSITIVE)
         if first_key + BLOCK_K > length:
             scores = tl.where((key < length)[None, :], scores, float("-inf"))
         before = largest
@@ -171,7 +177,7 @@ def attention_fwd_kernel(
             p = tl.where(
                 kept, p, scale * 0.0
             )  # no constant: LLVM would select after packing to 16 bits, unpacking for it
-        out = tl.dot(p.to(v.dtype), v, out * rescale[:, None], input_precision=PRECISION)
+        out = product(p.to(v.dtype), v, out * rescale[:, None])
     inside = query < length
     store_rows(out_ptr, out * tl.where(inside, factor / total, 0.0)[:, None], start, out_token, rows, HEAD_DIM)
     if WITH_LSE:

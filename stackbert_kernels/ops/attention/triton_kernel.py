@@ -34,7 +34,7 @@ class Tiles:
 class Configuration:
     """Tiles of each kernel. The one-tile kernels take sequences of up to `forward_one_tile.keys` and 2 * `backward_one_tile.queries` tokens
     (whose keys are as many). Of longer ones, dq and dkv leave the first so many rows to it: a multiple of their own. None = no such
-    kernel: on sm_80, whose operands all pass through registers, it spills; in fp32 rows are twice as wide."""
+    kernel: where operands pass through registers, on sm_80 and in fp32, it spills."""
 
     forward_one_tile: Tiles | None
     forward: Tiles
@@ -61,39 +61,31 @@ CANDIDATES = {
     "dkv": (Tiles(64, 64, spills=8), Tiles(64, 64, num_stages=3, spills=8), Tiles(64, 64, num_stages=1)),
 }
 
+SINGLE = {
+    (4, 64): Configuration(
+        Tiles(32, 64, 8, 1), Tiles(64, 64, 8), None, Tiles(32, 64, 8), Tiles(32, 64, 8, 1)
+    ),
+    (4, 128): Configuration(
+        Tiles(32, 64, 8, 1), Tiles(32, 64, 8, 1, spills=4), None, Tiles(16, 64, 8), Tiles(16, 64, 8, 1, spills=2)
+    ),
+}  # fmt: skip
 # By the bytes of a number and the columns of a tile.
 CONFIGURATIONS = {
-    80: {
+    80: SINGLE | {
         (2, 64): Configuration(
             Tiles(64, 128), Tiles(64, 64), None, Tiles(64, 64, spills=8), Tiles(64, 64, spills=8)
         ),
         (2, 128): Configuration(
             Tiles(64, 128, num_stages=1), Tiles(128, 64, 8), None, Tiles(64, 64, spills=4), Tiles(64, 64, 8, spills=8)
         ),
-        (4, 64): Configuration(
-            Tiles(32, 64, num_stages=1), Tiles(32, 64, num_stages=1), None, Tiles(32, 64, num_stages=1),
-            Tiles(32, 64, num_stages=1, spills=280),
-        ),
-        (4, 128): Configuration(
-            None, Tiles(16, 64, num_stages=1, spills=32), None, Tiles(16, 64, num_stages=1, spills=96),
-            Tiles(32, 64, 8, 1, spills=600),
-        ),
     },
-    90: {
+    90: SINGLE | {
         (2, 64): Configuration(**{kernel: tiles[0] for kernel, tiles in CANDIDATES.items()}),
         (2, 128): Configuration(
             Tiles(64, 128), Tiles(128, 64, 8), None, Tiles(128, 64, 8), Tiles(64, 64, 8, spills=8)
         ),
-        (4, 64): Configuration(
-            Tiles(64, 64, num_stages=1), Tiles(64, 64, num_stages=1, spills=8), None, Tiles(32, 64, num_stages=1),
-            Tiles(32, 64, num_stages=1, spills=80),
-        ),
-        (4, 128): Configuration(
-            None, Tiles(16, 64, num_stages=1, spills=64), None, Tiles(16, 64, num_stages=1, spills=140),
-            Tiles(32, 64, 8, 1, spills=280),
-        ),
     },
-    100: {
+    100: SINGLE | {
         (2, 64): Configuration(
             Tiles(64, 128, num_stages=1), Tiles(128, 64, 8, 3, 128), Tiles(64, 64, num_stages=1),
             Tiles(128, 64, 8, 2, 128), Tiles(64, 64),
@@ -101,21 +93,9 @@ CONFIGURATIONS = {
         (2, 128): Configuration(
             Tiles(64, 128, num_stages=1), Tiles(128, 64, 8), Tiles(64, 64, 8, 1), Tiles(128, 64, 8), Tiles(64, 64, 8)
         ),
-        (4, 64): Configuration(
-            Tiles(64, 64, 8, 1), Tiles(64, 64, 8), None, Tiles(32, 64, num_stages=1),
-            Tiles(32, 64, num_stages=1, spills=40),
-        ),
-        (4, 128): Configuration(
-            Tiles(64, 64, 8, 1), Tiles(64, 64, 8, 1, spills=120), None, Tiles(16, 64, num_stages=1, spills=110),
-            Tiles(32, 64, 8, 1, spills=150),
-        ),
     },
 }  # fmt: skip
-CONFIGURATIONS[120] = CONFIGURATIONS[80]  # no tensor memory, and shared memory as small as on sm_86
-
-
-# How matrix products of fp32 are made of tf32: three of them, to the last bits of fp32. Half precision has one way.
-PRECISION = {True: "tf32x3", False: "ieee"}
+CONFIGURATIONS[120] = CONFIGURATIONS[80]  # no tensor memory, and shared memory as small as on sm_86: 99 KB
 
 
 def _configuration(q: Tensor) -> Configuration:
@@ -218,7 +198,6 @@ def _constants(q: Tensor, threshold: int) -> dict[str, object]:
         "BLOCK_D": _block_d(q.shape[-1]),
         "PACKED": q.dim() == 3,
         "DROPOUT": threshold > 0,
-        "PRECISION": PRECISION[q.dtype == torch.float32],
     }
 
 
@@ -281,7 +260,6 @@ def _compilation(arch: int, kernel: str, tiles: Tiles, dtype: str, head_dim: int
         "DROPOUT": dropout,
         "WITH_LSE": True,
         "POSITIVE": True,
-        "PRECISION": PRECISION[dtype == "fp32"],
     }
     constants = {name: value for name, value in constants.items() if name in function.arg_names}
 
@@ -302,6 +280,7 @@ def _compilation(arch: int, kernel: str, tiles: Tiles, dtype: str, head_dim: int
         **tiles.options(),
         max_registers=tiles.maxnreg or 255,
         max_spills=tiles.spills,
-        max_narrow=24,  # lengths, seed and step, and a row's statistics
+        # Lengths, seed and step, a row's statistics; and the result of fp32 where it comes from tensor memory.
+        max_narrow=40 if dtype == "fp32" else 24,
         sass={90: ("HGMMA",), 100: ("UTCHMMA",)} if dtype != "fp32" else {},
     )
