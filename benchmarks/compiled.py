@@ -82,7 +82,8 @@ def broken(compilation, row: dict[str, object], counts: collections.Counter) -> 
         if row[what] > limit:
             found.append(f"{what}: {row[what]}, at most {limit}")
     missing = [name for name in compilation.sass.get(row["arch"], ()) if not counts[name]]
-    return found + [f"no {name}" for name in missing]
+    unwanted = [name for name in compilation.without.get(row["arch"], ()) if counts[name]]
+    return found + [f"no {name}" for name in missing] + [f"{name}, not wanted" for name in unwanted]
 
 
 def _instructions(sass: str) -> list[str]:

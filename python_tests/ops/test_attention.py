@@ -182,6 +182,19 @@ def test_triton_is_as_accurate_as_torch(lengths, heads, head_dim, p, scale, tile
         assert_as_accurate_as_torch(name, dactual[:, i], dexact[:, i], dbaseline[:, i], slack=3.0)
 
 
+def test_tiles_of_the_triton_kernels_fit_together():
+    triton_kernel = pytest.importorskip("stackbert_kernels.ops.attention.triton_kernel")
+    for arch, configurations in triton_kernel.CONFIGURATIONS.items():
+        for key, chosen in configurations.items():
+            tiles = {kernel: getattr(chosen, kernel) for kernel in triton_kernel.KERNELS}
+            assert all(t.keys % 64 == 0 for t in tiles.values() if t), (
+                f"sm_{arch} {key}: 64 keys share their Philox calls"
+            )
+            if (one := chosen.backward_one_tile) is not None:
+                assert one.keys == one.queries, f"sm_{arch} {key}"
+                assert 2 * one.queries % chosen.dq.queries == 0 == 2 * one.queries % chosen.dkv.keys, f"sm_{arch} {key}"
+
+
 @pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("length", [40, 130])
 def test_large_scores_do_not_overflow(impl, length):

@@ -55,15 +55,19 @@ def test_one_kernel(tmp_path):
         ({"narrow": 3}, "narrow: 3, at most 2"),
         ({"shared": 300 << 10}, "shared: 307200, at most 232448"),
         ({"HGMMA": 0}, "no HGMMA"),
+        ({"STSM": 2}, "STSM, not wanted"),
     ],
 )
 def test_what_breaks_a_declaration_is_found(found, message):
     from stackbert_kernels.ops._triton import Compilation
 
-    declared = Compilation("k", None, {}, {}, max_registers=64, max_narrow=2, sass={90: ("HGMMA",)})
+    declared = Compilation(
+        "k", None, {}, {}, max_registers=64, max_narrow=2, sass={90: ("HGMMA",)}, without={90: ("STSM",)}
+    )
     fine = {"arch": 90, "registers": 64, "spills": 0, "narrow": 2, "shared": 0}
     assert compiled.broken(declared, fine, Counter(HGMMA=1)) == []
-    assert compiled.broken(declared, fine | found, Counter(HGMMA=found.get("HGMMA", 1))) == [message]
+    counts = Counter(HGMMA=found.get("HGMMA", 1), STSM=found.get("STSM", 0))
+    assert compiled.broken(declared, fine | found, counts) == [message]
 
 
 def test_an_argument_without_type_is_an_error():

@@ -110,6 +110,7 @@ class Compilation:
     max_spills     instructions that store registers to local memory
     max_narrow     loads and stores of global memory of less than 128 bits: single numbers as seed and step, a row's statistics
     sass           {architecture: instructions that must appear, as "HGMMA"}
+    without        {architecture: instructions that must not appear}
     """
 
     name: str
@@ -123,3 +124,4 @@ class Compilation:
     max_spills: int = 0
     max_narrow: int = 0
     sass: Mapping[int, tuple[str, ...]] = field(default_factory=dict)
+    without: Mapping[int, tuple[str, ...]] = field(default_factory=dict)

@@ -283,4 +283,6 @@ def _compilation(arch: int, kernel: str, tiles: Tiles, dtype: str, head_dim: int
         # Lengths, seed and step, a row's statistics; and the result of fp32 where it comes from tensor memory.
         max_narrow=40 if dtype == "fp32" else 24,
         sass={90: ("HGMMA",), 100: ("UTCHMMA",)} if dtype != "fp32" else {},
+        # How Triton would exchange the words of the mask between threads; dK and dV store their operands so.
+        without={90: ("STSM",)} if kernel in ("forward_one_tile", "forward", "dq") else {},
     )
