@@ -91,6 +91,11 @@ def on(device: torch.device) -> contextlib.AbstractContextManager:
     return torch.cuda.device(device)
 
 
+def registers_of(warps: int) -> int:
+    """A thread's registers where so many warps are to be on a multiprocessor at once; whole eights, as they are handed out."""
+    return min(255, (1 << 16) // (32 * warps) // 8 * 8)
+
+
 def dense_rows(x: torch.Tensor) -> torch.Tensor:
     """[R, C] with the elements of a row side by side; rows may be any distance apart."""
     return x if x.stride(1) == 1 or x.shape[1] == 1 else x.contiguous()

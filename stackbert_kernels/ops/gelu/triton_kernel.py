@@ -132,8 +132,12 @@ class Configuration:
     columns: int  # of a tile, at most
     fwd_elements: int  # of a tile: one program's
     bwd_elements: int  # of a tile: a turn of the loop
-    bwd_programs: int  # a multiprocessor; registers leave room for more, so all are under way at once
+    bwd_programs: int  # a multiprocessor; registers suffice for all of them at once
     num_warps: int
+
+    @property
+    def bwd_registers(self) -> int:
+        return _triton.registers_of(self.num_warps * self.bwd_programs)
 
 
 CANDIDATES = (
@@ -182,14 +186,13 @@ def bias_gelu_bwd(dy: Tensor, x: Tensor, bias: Tensor, approximate: str) -> tupl
     with _triton.on(x.device):
         bias_gelu_bwd_kernel[(down, across)](
             dy, x, bias, dx, parts, dy.stride(0), x.stride(0), x.shape[0], TANH=approximate == "tanh", **tile,
-            num_warps=chosen.num_warps,
+            num_warps=chosen.num_warps, maxnreg=chosen.bwd_registers,
         )  # fmt: skip
     return dx, column_sums(parts, bias.dtype)
 
 
 def compilations(arch: int) -> list[_triton.Compilation]:
     chosen = CONFIGURATIONS[arch]
-    all_at_once = 65536 // (32 * chosen.num_warps * chosen.bwd_programs)  # registers of a multiprocessor
     found = [column_sums_compilation("bias_gelu dbias")]
     for columns, dtype, approximate in (
         (3072, "bf16", "none"),
@@ -201,9 +204,9 @@ def compilations(arch: int) -> list[_triton.Compilation]:
         types = dict.fromkeys(("x_ptr", "y_ptr", "dy_ptr", "dx_ptr"), f"*{dtype}:16")
         types |= dict.fromkeys(("bias_ptr", "parts_ptr"), "*fp32:16")
         types |= {"x_stride": "i32:16", "dy_stride": "i32:16", "rows": "i32"}
-        for name, kernel, elements, most in (
-            ("forward", bias_gelu_fwd_kernel, chosen.fwd_elements, 64),
-            ("backward", bias_gelu_bwd_kernel, chosen.bwd_elements, all_at_once),
+        for name, kernel, elements, registers in (
+            ("forward", bias_gelu_fwd_kernel, chosen.fwd_elements, None),
+            ("backward", bias_gelu_bwd_kernel, chosen.bwd_elements, chosen.bwd_registers),
         ):
             found.append(
                 _triton.Compilation(
@@ -212,7 +215,8 @@ def compilations(arch: int) -> list[_triton.Compilation]:
                     signature={argument: types[argument] for argument in kernel.arg_names if argument in types},
                     constants=_tile(columns, elements, chosen) | {"TANH": approximate == "tanh"},
                     num_warps=chosen.num_warps,
-                    max_registers=most,
+                    maxnreg=registers,
+                    max_registers=registers or 64,
                     max_narrow=2 * (columns == 768),  # bias and sums: 256 columns for 128 threads
                 )
             )

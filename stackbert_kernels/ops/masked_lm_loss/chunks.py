@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 LOGITS_BYTES = 64 * 2**20  # most bytes of logits that exist at a time (one row, if that is more)
-PRODUCT_BYTES = 4 * 2**20  # of a product that waits on a GPU for its addition to the gradient of weight
+PRODUCT_BYTES = 2 * 2**20  # of a product that waits on a GPU for its addition to the gradient of weight
 
 # From here on torch.addmm adds products of 16-bit matrices to a float32 one, in the GPU's own accumulators.
 FLOAT32_SUMS_FROM = (2, 11)
@@ -99,7 +99,7 @@ def forward(
                 torch.mm(dlogits, weight, out=dhidden[rows])
             if need_weight:
                 _add_product(dweight, dlogits, hidden[rows], first=rows.start == 0)
-            if need_bias:
+            if column_sums is not None:
                 dbias += column_sums
     return (losses.sum(dtype=torch.float64) / count).to(wide), dhidden, dweight, dbias
 
@@ -120,8 +120,7 @@ def _add_product(total: Tensor, dlogits: Tensor, hidden: Tensor, first: bool) ->
         if hidden.device.type != "cpu":
             words = max(1, PRODUCT_BYTES // (hidden.shape[1] * hidden.element_size()))
         for part, columns in zip(total.split(words), dlogits.split(words, 1), strict=True):
-            product = columns.t() @ hidden
-            part.copy_(product) if first else part.add_(product)
+            (part.copy_ if first else part.add_)(columns.t() @ hidden)
 
 
 def _adds_in_float32() -> bool:

@@ -22,8 +22,10 @@ LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
 LOWEST = tl.constexpr(-1e30)  # where a maximum starts: -inf would give inf - inf
 
-LOGITS_BYTES = 128 << 20  # of a chunk: each chunk more reads and writes the float32 gradient of weight once more
-PADDED_LOGITS_BYTES = 64 << 20  # where a padded copy of weight takes the place of the rest
+# Bytes. A call keeps below 256 MB beyond its inputs and gradients: what is left of MEMORY goes to the logits of a chunk, as each chunk
+# more reads and writes the float32 sums of the gradients of weight and bias once more.
+MEMORY = 253_000_000
+LEAST_LOGITS = 64 << 20
 ROWS_MULTIPLE = 128  # of a chunk: whole tiles of a matrix product
 WORDS_MULTIPLE = (
     64  # a vocabulary that is no multiple of 16 is padded to one of this: rows of logits that begin on 16 bytes
@@ -78,7 +80,7 @@ def _label(row_ptr, label, words, ignore_index, share):
 @triton.jit(do_not_specialize=["rows", "words", "ignore_index"])
 def cross_entropy_kernel(
     logits_ptr, labels_ptr, count_ptr, losses_ptr, sums_ptr, rows, words, ignore_index, V: tl.constexpr,
-    THREADS: tl.constexpr, PER: tl.constexpr, AHEAD: tl.constexpr,
+    THREADS: tl.constexpr, PER: tl.constexpr, AHEAD: tl.constexpr, ADD: tl.constexpr,
 ):  # fmt: skip
     # A program takes every programs-th row and keeps the sums of its gradients over rows in registers: half of what a multiprocessor
     # has, so that it is alone there and must hide its own latency. While it writes the gradient of a row it therefore reads the next
@@ -130,7 +132,10 @@ def cross_entropy_kernel(
         sums = new
 
     for first in tl.static_range(0, V, BLOCK):
-        tl.store(sums_ptr + program * V + first + v, sums[first // BLOCK], mask=first + v < V)
+        part = sums[first // BLOCK]
+        if ADD:  # to those of the chunks before
+            part += tl.load(sums_ptr + program * V + first + v, mask=first + v < V, other=0.0)
+        tl.store(sums_ptr + program * V + first + v, part, mask=first + v < V)
 
 
 @triton.jit(do_not_specialize=["words", "ignore_index"])
@@ -176,6 +181,10 @@ class Configuration:
     row_warps: int  # of the kernel with a row a program
     row_bytes: int  # that a thread reads at a time there
 
+    @property
+    def registers(self) -> int:
+        return _triton.registers_of(self.num_warps)
+
 
 CANDIDATES = (
     Configuration(128, 8, 6, 8, 32),
@@ -204,6 +213,7 @@ class _CrossEntropy:
     def __init__(self, labels: Tensor, words: int, ignore_index: int, count: Tensor):
         self.labels, self.words, self.ignore_index, self.count = labels.contiguous(), words, ignore_index, count
         self.chosen = _triton.configuration(CONFIGURATIONS, labels.device)
+        self.sums: Tensor | None = None  # of the gradient over the rows that each program had, in all chunks
 
     def __call__(
         self, logits: Tensor, rows: slice, losses: Tensor, need_dlogits: bool, need_bias: bool
@@ -213,13 +223,16 @@ class _CrossEntropy:
             self.row_by_row(logits, rows, losses, None, need_dlogits)
             return logits.sum(0, dtype=torch.float32) if need_bias else None
         constants, warps = _lanes(logits.shape[1], logits.element_size(), chosen)
-        programs = min(_triton.multiprocessors(logits.device) * (chosen.num_warps // warps), logits.shape[0])
-        sums = logits.new_empty(programs, logits.shape[1], dtype=torch.float32)
+        first = self.sums is None
+        if first:
+            programs = min(_triton.multiprocessors(logits.device) * (chosen.num_warps // warps), logits.shape[0])
+            self.sums = logits.new_empty(programs, logits.shape[1], dtype=torch.float32)
         with _triton.on(logits.device):
-            cross_entropy_kernel[(programs,)](
-                logits, labels, self.count, losses, sums, logits.shape[0], self.words, self.ignore_index, **constants, num_warps=warps
+            cross_entropy_kernel[(self.sums.shape[0],)](
+                logits, labels, self.count, losses, self.sums, logits.shape[0], self.words, self.ignore_index, ADD=not first, **constants,
+                num_warps=warps, maxnreg=chosen.registers,
             )  # fmt: skip
-        return column_sums(sums, torch.float32)
+        return None
 
     def row_by_row(
         self, logits: Tensor, rows: slice, losses: Tensor, correct: Tensor | None, need_dlogits: bool
@@ -244,6 +257,18 @@ def _padded(weight: Tensor, bias: Tensor, dtype: torch.dtype) -> tuple[Tensor, T
     return matrix, shifts
 
 
+def _logits_bytes(hidden: Tensor, weight: Tensor, matrix: Tensor, need_weight: bool, need_bias: bool) -> int:
+    """Of a chunk. hidden is a copy (without what ignored rows hold), matrix may be one."""
+    left = MEMORY - hidden.nbytes
+    if matrix is not weight:
+        left -= matrix.nbytes
+    if need_weight and weight.dtype != torch.float32:
+        left -= 4 * matrix.numel()
+    if need_bias:
+        left -= 4 * matrix.shape[0] * _triton.multiprocessors(hidden.device)
+    return max(left, LEAST_LOGITS)
+
+
 def masked_lm_loss_fwd(
     hidden: Tensor,
     weight: Tensor,
@@ -257,7 +282,7 @@ def masked_lm_loss_fwd(
     words = weight.shape[0]
     hidden, _, count = chunks.without_ignored(hidden, labels, words, ignore_index)
     matrix, shifts = _padded(weight, bias, hidden.dtype)
-    only_padded = matrix is not weight and weight.dtype == hidden.dtype
+    cross_entropy = _CrossEntropy(labels, words, ignore_index, count)
     loss, dhidden, dweight, dbias = chunks.forward(
         hidden,
         matrix,
@@ -266,10 +291,12 @@ def masked_lm_loss_fwd(
         need_hidden,
         need_weight,
         need_bias,
-        _CrossEntropy(labels, words, ignore_index, count),
-        PADDED_LOGITS_BYTES if only_padded else LOGITS_BYTES,
+        cross_entropy,
+        _logits_bytes(hidden, weight, matrix, need_weight, need_bias),
         ROWS_MULTIPLE,
     )
+    if cross_entropy.sums is not None:
+        dbias = column_sums(cross_entropy.sums, torch.float32)
     return loss, dhidden, dweight[:words].to(weight.dtype), dbias[:words].to(bias.dtype)
 
 
@@ -282,7 +309,7 @@ def masked_lm_predictions(
     cross_entropy = _CrossEntropy(labels, words, ignore_index, count)
     with torch.autocast(hidden.device.type, enabled=False):
         matrix, shifts = _padded(weight, bias, hidden.dtype)
-        for rows, logits in chunks.logits_by_chunk(hidden, matrix, shifts, PADDED_LOGITS_BYTES, ROWS_MULTIPLE):
+        for rows, logits in chunks.logits_by_chunk(hidden, matrix, shifts, LEAST_LOGITS, ROWS_MULTIPLE):
             cross_entropy.row_by_row(logits, rows, losses[rows], correct[rows], False)
     return losses.sum(dtype=torch.float64), correct.sum(), valid.sum()
 
@@ -296,7 +323,7 @@ def compilations(arch: int) -> list[_triton.Compilation]:
         constants, warps = _lanes(vocabulary, itemsize, chosen)
         row_constants = _row_lanes(vocabulary, itemsize, chosen)
         for name, kernel, values, num_warps in (
-            ("gradients", cross_entropy_kernel, constants, warps),
+            ("gradients", cross_entropy_kernel, constants | {"ADD": True}, warps),
             ("gradient, bias frozen", cross_entropy_row_kernel, row_constants | {"GRADIENT": True, "CORRECT": False, "correct_ptr": None}, chosen.row_warps),
             ("predictions", cross_entropy_row_kernel, row_constants | {"GRADIENT": False, "CORRECT": True}, chosen.row_warps),
         ):  # fmt: skip
@@ -307,7 +334,8 @@ def compilations(arch: int) -> list[_triton.Compilation]:
                     signature={a: types[a] for a in kernel.arg_names if a in types and a not in values},
                     constants=values,
                     num_warps=num_warps,
-                    max_registers=255 if kernel is cross_entropy_kernel else 64,
+                    maxnreg=chosen.registers if kernel is cross_entropy_kernel else None,
+                    max_registers=chosen.registers if kernel is cross_entropy_kernel else 64,
                     max_narrow=5,  # count; a row's label, logit of the label, loss, hit
                 )
             )
