@@ -28,7 +28,6 @@ from .. import results_file
 FIRST_LOSS, ALL_LOSSES = 1e-5, 1e-2  # relative
 # FLOPs leave out what is bound by memory or by launches. A stage that by mistake ran or trained all layers would be at 2 to 3.
 COST = (0.6, 1.6)  # measured / predicted
-FALL = 0.05  # of the first loss
 TEXT_BYTES = 8 << 20
 
 OFTEN = {"log_every": 1, "checkpoint_every": 10_000, "eval_every": 10_000}
@@ -39,6 +38,7 @@ class Preset:
     curve: TrainConfig
     mslt: TrainConfig  # its steps are chosen by the time that is left
     steps: tuple[int, int]  # at least, at most
+    fall: float  # of the loss, at least, as a share of the first
     judge_cost: bool
 
 
@@ -54,12 +54,13 @@ def preset(device: str) -> Preset:
                 steps=400, precision="bf16", device="cuda", **OFTEN,
             ),
             steps=(120, 2000),
+            fall=0.05,
             judge_cost=True,
         )  # fmt: skip
     data = DataConfig(train_vocab_size=512, seq_len=32, batch_tokens=256, eval_tokens=1024)
     tiny = ModelConfig(layers=4, hidden=32, heads=2, max_position=32, init_std=0.05)
     config = TrainConfig(model=tiny, data=data, optim=OptimConfig(lr=5e-3, warmup=4), steps=10, device="cpu", **OFTEN)
-    return Preset(config, replace(config, steps=40, stages=()), steps=(40, 40), judge_cost=False)
+    return Preset(config, replace(config, steps=40, stages=()), steps=(40, 40), fall=0.02, judge_cost=False)
 
 
 class Report:
@@ -168,7 +169,7 @@ def train_by_mslt(report: Report, preset: Preset, shards: Path, scratch: Path, u
     window = max(1, len(curve) // 20)
     last = sum(curve[-window:]) / window
     report.judge(
-        last < (1 - FALL) * curve[0],
+        last < (1 - preset.fall) * curve[0],
         f"loss by MSLT: {curve[0]:.3f} to {last:.3f} in {len(curve)} of {steps} steps, {result['seconds']:.0f} s{beside}",
     )
     if result["status"] != "finished":
