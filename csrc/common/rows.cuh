@@ -2,6 +2,7 @@
 // dropout decisions of a vector.
 #pragma once
 
+#include <initializer_list>
 #include <type_traits>
 
 #include "common/dtype.h"
@@ -68,6 +69,16 @@ STACKBERT_DEVICE void load_parameters(const float* p, float* out) {
   }
 }
 
+template <int kWidth>
+STACKBERT_DEVICE void store_parameters(float* p, const float* in) {
+  if constexpr (kWidth == 1) {
+    ptx::store(p, in[0]);
+  } else {
+#pragma unroll
+    for (int i = 0; i < kWidth; i += 4) Elements<float, 4>::from_floats(in + i).store(p + i);
+  }
+}
+
 // Which of kWidth elements of a row are kept, a bit each, from `column` on, which is a multiple of kWidth.
 template <int kWidth>
 STACKBERT_DEVICE uint32_t row_dropout(PhiloxKey key, int64_t token, int column, int threshold) {
@@ -86,6 +97,15 @@ STACKBERT_DEVICE uint32_t row_dropout(PhiloxKey key, int64_t token, int column, 
     const int byte = static_cast<int>(word >> (8 * ((kWidth == 1 ? first : i) % 4)) & 255);
     kept |= (byte >= threshold ? 1u : 0u) << i;
   }
+  return kept;
+}
+
+// x = dropout(x), kWidth elements of a row. Returns which are kept.
+template <int kWidth>
+STACKBERT_DEVICE uint32_t drop(PhiloxKey key, int64_t token, int column, int threshold, float scale, float* x) {
+  const uint32_t kept = row_dropout<kWidth>(key, token, column, threshold);
+#pragma unroll
+  for (int i = 0; i < kWidth; ++i) x[i] = kept >> i & 1 ? x[i] * scale : 0.f;
   return kept;
 }
 

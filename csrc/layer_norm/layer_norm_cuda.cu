@@ -1,6 +1,6 @@
 #include <algorithm>
 
-#include "common/launch.cuh"
+#include "common/column_sums.cuh"
 #include "common/rows.cuh"
 #include "layer_norm/layer_norm.h"
 
@@ -77,10 +77,8 @@ STACKBERT_DEVICE uint32_t sum(const SumInputs& a, const Loaded<R>& x, const Load
       for (int i = 0; i < R::kWidth; ++i) out[i] += shift[i];
     }
     if (a.threshold > 0) {
-      const uint32_t bits = row_dropout<R::kWidth>(key, row, c, a.threshold);
+      const uint32_t bits = drop<R::kWidth>(key, row, c, a.threshold, scale, out);
       kept = v == 0 ? bits : kept | bits << (v * R::kWidth);
-#pragma unroll
-      for (int i = 0; i < R::kWidth; ++i) out[i] = bits >> i & 1 ? out[i] * scale : 0.f;
     }
     if (a.residual) {
       float added[R::kWidth];
@@ -138,7 +136,7 @@ __global__ void __launch_bounds__(32 * kForwardWarps<R>) layer_norm_fwd_kernel(c
   }
 }
 
-// Sums over rows: each block has its own [3, C] of partial sums in the workspace, which a second kernel adds up.
+// Sums over rows: each block has its own [3, C] of partial sums in the workspace.
 enum Sum { kWeight, kBias, kXBias, kSums };
 
 template <typename R>
@@ -227,32 +225,6 @@ __global__ void __launch_bounds__(32 * kBackwardWarps<R>)
   }
 }
 
-struct AddPartials {
-  const float* partials;  // [blocks, kSums, columns]
-  int64_t blocks, columns;
-  float* sums[kSums];  // [columns] each; null: not wanted
-};
-
-constexpr int kAddWarps = 8;
-
-// A warp has 32 neighbouring columns; the block's warps share out the partial sums.
-__global__ void __launch_bounds__(32 * kAddWarps) add_partials_kernel(const __grid_constant__ AddPartials a) {
-  const auto scratch = ptx::shared_memory().as<float>();
-  const int64_t at = static_cast<int64_t>(blockIdx.x) * 32 + ptx::lane(), columns = a.columns;
-  const int64_t which = at / columns;
-  float total = 0.f;
-  if (which < kSums && a.sums[which])
-    for (int64_t b = ptx::warp(); b < a.blocks; b += kAddWarps)
-      total += ptx::load(a.partials + b * kSums * columns + at);
-  scratch.store(ptx::warp() * 32 + ptx::lane(), total);
-  ptx::block_sync();
-  if (ptx::warp() != 0 || which >= kSums || !a.sums[which]) return;
-  total = 0.f;
-#pragma unroll
-  for (int w = 0; w < kAddWarps; ++w) total += scratch.load(w * 32 + ptx::lane());
-  ptx::store(a.sums[which] + at % columns, total);
-}
-
 // run(Row<...>{}) for the smallest row that holds `columns`.
 template <typename Run>
 void with_row(const SumInputs& a, bool wide, const Run& run) {
@@ -306,9 +278,9 @@ void layer_norm_bwd(const LayerNormBwd& a, int device, void* stream) {
           static_cast<int>(sizeof(float)) * (R::kWarps > 1 ? 2 * R::kWarps : kSums * static_cast<int>(a.sum.columns));
       launch("layer_norm_bwd", layer_norm_bwd_kernel<R>, blocks, 32 * kBackwardWarps<R>, shared, stream, a);
     });
-  const AddPartials add{a.workspace, a.sum.rows > 0 ? blocks : 0, a.sum.columns, {a.dweight, a.dbias, a.dx_bias}};
-  launch("layer_norm_bwd", add_partials_kernel, (kSums * a.sum.columns + 31) / 32, 32 * kAddWarps,
-         32 * kAddWarps * static_cast<int>(sizeof(float)), stream, add);
+  column_sums<kSums>("layer_norm_bwd",
+                     {a.workspace, a.sum.rows > 0 ? blocks : 0, a.sum.columns, {a.dweight, a.dbias, a.dx_bias}},
+                     stream);
 }
 
 }  // namespace cuda

@@ -24,6 +24,7 @@ class Mutant(NamedTuple):
     quick: bool = False
 
 
+COLUMN_SUMS = "common/column_sums.cuh"
 LAYER_NORM = "layer_norm/layer_norm_cuda.cu"
 ATTENTION, TILES = "attention/attention_cuda.cu", "attention/tiles.cuh"
 DUPLICATE = "duplicate_layers/duplicate_layers_cuda.cu"
@@ -46,7 +47,7 @@ MUTANTS = [
            "test_layer_norm_cuda.py"),
     Mutant(LAYER_NORM, "a gradient without the mask", "kept >> e & 1 ? dz[i] * kept_scale : 0.f", "dz[i] * kept_scale",
            "test_layer_norm_cuda.py"),
-    Mutant(LAYER_NORM, "the last partial sums left out", "b < a.blocks; b += kAddWarps", "b < a.blocks - 1; b += kAddWarps",
+    Mutant(COLUMN_SUMS, "the last partial sums left out", "b < a.blocks; b +=", "b < a.blocks - 1; b +=",
            "test_layer_norm_cuda.py"),
     Mutant(ATTENTION, "keys read before their copies land", "ptx::wait_copies<kOneTile ? 1 : 3>();", "ptx::wait_copies<kOneTile ? 2 : 4>();",
            "test_attention_cuda.py", quick=True),
