@@ -13,7 +13,9 @@
 
 #include "attention/attention.h"
 #include "common/dtype.h"
+#include "dropout/dropout.h"
 #include "duplicate_layers/duplicate_layers.h"
+#include "gelu/gelu.h"
 #include "layer_norm/layer_norm.h"
 
 namespace stackbert {

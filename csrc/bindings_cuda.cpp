@@ -14,6 +14,8 @@ namespace stackbert {
 
 namespace {
 
+constexpr int64_t kMaskColumns = (int64_t{1} << 31) - 1;  // of a row, for dropout
+
 // 16-byte accesses: what the addresses and strides of `x` must be multiples of.
 void check_aligned(const char* op, const char* name, const Rows& x) {
   const int64_t bytes = 2 * (std::get<1>(x) | std::get<2>(x) | std::get<3>(x)) | static_cast<int64_t>(std::get<0>(x));
@@ -111,6 +113,57 @@ void bind_cuda(py::module_& m) {
       },
       py::arg("dout"), py::arg("dq"), py::arg("dk"), py::arg("dv"), py::arg("delta"), ATTENTION_ARGUMENTS);
 
+  m.def("bias_gelu_bwd_workspace_cuda", &cuda::bias_gelu_bwd_workspace, py::arg("rows"), py::arg("columns"),
+        py::arg("device"), "Floats of workspace for bias_gelu_bwd_cuda.");
+  m.def(
+      "bias_gelu_fwd_cuda",
+      [](Address x, Address bias, Address y, int64_t rows, int64_t columns, int dtype, bool tanh, int device,
+         Address stream) {
+        const char* op = "bias_gelu_fwd";
+        check_sizes(op, {rows, columns});
+        const DType type = cuda_dtype(op, dtype);
+        if (rows == 0 || columns == 0) return;
+        check_addresses(op, {x, bias, y});
+        cuda::bias_gelu_fwd({pointer(x), pointer<const float>(bias), pointer(y), rows, columns, type, tanh, 0}, device,
+                            pointer(stream));
+      },
+      py::arg("x"), py::arg("bias"), py::arg("y"), py::arg("rows"), py::arg("columns"), py::arg("dtype"),
+      py::arg("tanh"), py::arg("device"), py::arg("stream"), py::call_guard<py::gil_scoped_release>());
+  m.def(
+      "bias_gelu_bwd_cuda",
+      [](Address dy, Address x, Address bias, Address dx, Address dbias, Address workspace, int64_t rows,
+         int64_t columns, int dtype, bool tanh, int device, Address stream) {
+        const char* op = "bias_gelu_bwd";
+        check_sizes(op, {rows, columns});
+        const DType type = cuda_dtype(op, dtype);
+        if (columns == 0) return;
+        check_addresses(op, {bias, dbias});
+        if (rows > 0) check_addresses(op, {dy, x, dx, workspace});
+        cuda::bias_gelu_bwd({pointer(dy), pointer(x), pointer<const float>(bias), pointer(dx), pointer<float>(dbias),
+                             rows, columns, type, tanh, pointer<float>(workspace), 0},
+                            device, pointer(stream));
+      },
+      py::arg("dy"), py::arg("x"), py::arg("bias"), py::arg("dx"), py::arg("dbias"), py::arg("workspace"),
+      py::arg("rows"), py::arg("columns"), py::arg("dtype"), py::arg("tanh"), py::arg("device"), py::arg("stream"),
+      py::call_guard<py::gil_scoped_release>());
+
+  m.def(
+      "dropout_cuda",
+      [](Address x, Address y, int64_t rows, int64_t columns, int dtype, Address rng, uint32_t site, int threshold,
+         int device, Address stream) {
+        check_sizes("dropout", {rows, columns});
+        check_threshold("dropout", threshold);
+        const DType type = cuda_dtype("dropout", dtype);
+        if (rows == 0 || columns == 0) return;
+        check_columns("dropout", columns, kMaskColumns);
+        check_addresses("dropout", {x, y, rng});
+        cuda::dropout({pointer(x), pointer(y), rows, columns, type, pointer<const int64_t>(rng), site, threshold, 0},
+                      device, pointer(stream));
+      },
+      py::arg("x"), py::arg("y"), py::arg("rows"), py::arg("columns"), py::arg("dtype"), py::arg("rng"),
+      py::arg("site"), py::arg("threshold"), py::arg("device"), py::arg("stream"),
+      py::call_guard<py::gil_scoped_release>());
+
   m.attr("LAYER_NORM_COLUMNS") = cuda::kMaxCudaColumns;
   m.def("layer_norm_bwd_workspace_cuda", &cuda::layer_norm_bwd_workspace, py::arg("rows"), py::arg("columns"),
         py::arg("device"), "Floats of workspace for layer_norm_bwd_cuda.");
@@ -157,6 +210,44 @@ void bind_cuda(py::module_& m) {
       py::arg("rstd"), py::arg("dx"), py::arg("dresidual"), py::arg("dweight"), py::arg("dbias"), py::arg("dx_bias"),
       py::arg("workspace"), py::arg("rows"), py::arg("columns"), py::arg("dtype"), py::arg("rng"), py::arg("site"),
       py::arg("threshold"), py::arg("device"), py::arg("stream"), py::call_guard<py::gil_scoped_release>());
+
+  m.def("dropout_add_bwd_workspace_cuda", &cuda::dropout_add_bwd_workspace, py::arg("rows"), py::arg("columns"),
+        py::arg("device"), "Floats of workspace for dropout_add_bwd_cuda.");
+  m.def(
+      "dropout_add_fwd_cuda",
+      [](Address x, Address residual, Address x_bias, Address y, int64_t rows, int64_t columns, int dtype, Address rng,
+         uint32_t site, int threshold, int device, Address stream) {
+        const char* op = "dropout_add_fwd";
+        const SumInputs sum =
+            sum_inputs(op, x, residual, x_bias, rows, columns, cuda_dtype(op, dtype), rng, site, threshold);
+        if (rows == 0 || columns == 0) return;
+        check_columns(op, columns, kMaskColumns);
+        check_addresses(op, {x, residual, y});
+        cuda::dropout_add_fwd({sum, pointer(y), nullptr, 0}, device, pointer(stream));
+      },
+      py::arg("x"), py::arg("residual"), py::arg("x_bias"), py::arg("y"), py::arg("rows"), py::arg("columns"),
+      py::arg("dtype"), py::arg("rng"), py::arg("site"), py::arg("threshold"), py::arg("device"), py::arg("stream"),
+      py::call_guard<py::gil_scoped_release>());
+  m.def(
+      "dropout_add_bwd_cuda",
+      [](Address dy, Address dx, Address dx_bias, Address workspace, int64_t rows, int64_t columns, int dtype,
+         Address rng, uint32_t site, int threshold, int device, Address stream) {
+        const char* op = "dropout_add_bwd";
+        check_sizes(op, {rows, columns});
+        check_threshold(op, threshold);
+        const DType type = cuda_dtype(op, dtype);
+        if (columns == 0) return;
+        check_columns(op, columns, kMaskColumns);
+        if (threshold > 0) check_addresses(op, {rng});
+        if (rows > 0) check_addresses(op, {dy, dx});
+        if (rows > 0 && dx_bias != 0) check_addresses(op, {workspace});
+        cuda::dropout_add_bwd({pointer(dy), pointer(dx), pointer<float>(dx_bias), rows, columns, type,
+                               pointer<const int64_t>(rng), site, threshold, pointer<float>(workspace), 0},
+                              device, pointer(stream));
+      },
+      py::arg("dy"), py::arg("dx"), py::arg("dx_bias"), py::arg("workspace"), py::arg("rows"), py::arg("columns"),
+      py::arg("dtype"), py::arg("rng"), py::arg("site"), py::arg("threshold"), py::arg("device"), py::arg("stream"),
+      py::call_guard<py::gil_scoped_release>());
 }
 
 }  // namespace stackbert

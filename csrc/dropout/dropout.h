@@ -18,6 +18,11 @@ struct Dropout {
   int threads;
 };
 
+// On a GPU: float16 too, columns below 2^31, `threads` unused.
+namespace cuda {
+void dropout(const Dropout& a, int device, void* stream);
+}  // namespace cuda
+
 STACKBERT_CPU_KERNEL(dropout, Dropout)
 
 }  // namespace stackbert

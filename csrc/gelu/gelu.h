@@ -41,6 +41,13 @@ static inline int64_t bias_gelu_workspace(int64_t rows, int64_t columns) {
   return row_chunks(rows).count * padded(columns);
 }
 
+// On a GPU: float16 too, `threads` unused.
+namespace cuda {
+int64_t bias_gelu_bwd_workspace(int64_t rows, int64_t columns, int device);  // floats; aligned to 16 bytes
+void bias_gelu_fwd(const BiasGeluFwd& a, int device, void* stream);
+void bias_gelu_bwd(const BiasGeluBwd& a, int device, void* stream);
+}  // namespace cuda
+
 STACKBERT_CPU_KERNEL(bias_gelu_fwd, BiasGeluFwd)
 STACKBERT_CPU_KERNEL(bias_gelu_bwd, BiasGeluBwd)
 

@@ -85,12 +85,16 @@ static inline int64_t row_workspace(int64_t rows, int64_t columns, int64_t extra
   return row_chunks(rows).count * chunk_workspace(columns, extra);
 }
 
-// On a GPU: up to kMaxCudaColumns columns, float16 too, `threads` unused, forward without a workspace.
+// On a GPU: float16 too, `threads` unused, forward without a workspace; up to kMaxCudaColumns columns in the norms,
+// below 2^31 in dropout_add, whose backward wants no workspace either where dx_bias is null.
 namespace cuda {
 constexpr int64_t kMaxCudaColumns = 8192;
 int64_t layer_norm_bwd_workspace(int64_t rows, int64_t columns, int device);  // floats
 void layer_norm_fwd(const LayerNormFwd& a, int device, void* stream);
 void layer_norm_bwd(const LayerNormBwd& a, int device, void* stream);
+int64_t dropout_add_bwd_workspace(int64_t rows, int64_t columns, int device);  // floats; aligned to 16 bytes
+void dropout_add_fwd(const DropoutAddFwd& a, int device, void* stream);
+void dropout_add_bwd(const DropoutAddBwd& a, int device, void* stream);
 }  // namespace cuda
 
 STACKBERT_CPU_KERNEL(layer_norm_fwd, LayerNormFwd)

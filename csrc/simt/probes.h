@@ -58,6 +58,13 @@ void probe_pack(const Probe a) {
   ptx::store(reinterpret_cast<Words4*>(a.out) + ptx::lane(), r);
 }
 
+// One number a lane.
+inline void probe_functions(const Probe a) {
+  const float x = ptx::load(reinterpret_cast<const float*>(a.in) + ptx::lane());
+  const ptx::Vec<float, 4> r{{ptx::exp2(x), ptx::log2(x), ptx::reciprocal(x), ptx::reciprocal_sqrt(x)}};
+  ptx::store(reinterpret_cast<ptx::Vec<float, 4>*>(a.out) + ptx::lane(), r);
+}
+
 // Two warps that pass words on to each other through shared memory, right (variant 0) and in every wrong way.
 enum Fault {
   kNone,
@@ -146,6 +153,7 @@ inline void probe(const std::string& name, const uint32_t* in, uint32_t* out, in
   if (name == "shuffle") return run(probe_shuffle, 1, 32);
   if (name == "pack_bfloat16") return run(probe_pack<bfloat16>, 1, 32);
   if (name == "pack_float16") return run(probe_pack<float16>, 1, 32);
+  if (name == "functions") return run(probe_functions, 1, 32);
   if (name == "fault") return run(probe_fault, 2, 64);
   throw std::invalid_argument("probe: no such probe: " + name);
 }

@@ -268,6 +268,7 @@ Pair unpack(uint32_t elements) {
 
 inline float exp2(float x) { return std::exp2(x); }
 inline float log2(float x) { return std::log2(x); }
+inline float reciprocal(float x) { return 1.f / x; }
 inline float reciprocal_sqrt(float x) { return 1.f / std::sqrt(x); }
 
 }  // namespace ptx

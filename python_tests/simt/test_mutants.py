@@ -27,6 +27,10 @@ class Mutant(NamedTuple):
 COLUMN_SUMS = "common/column_sums.cuh"
 LAYER_NORM = "layer_norm/layer_norm_cuda.cu"
 ATTENTION, TILES = "attention/attention_cuda.cu", "attention/tiles.cuh"
+COLUMNS = "common/columns.cuh"
+GELU = "gelu/gelu_cuda.cu"
+DROPOUT = "dropout/dropout_cuda.cu"
+DROPOUT_ADD = "layer_norm/dropout_add_cuda.cu"
 DUPLICATE = "duplicate_layers/duplicate_layers_cuda.cu"
 MUTANTS = [
     Mutant("common/rows.cuh", "a sum over warps without its barrier", "    ptx::block_sync();\n    x = 0.f;", "    x = 0.f;",
@@ -68,6 +72,27 @@ MUTANTS = [
     Mutant(TILES, "a fragment's halves swapped", "return {{c[2 * i][0], c[2 * i][1], c[2 * i + 1][0], c[2 * i + 1][1]}};",
            "return {{c[2 * i][0], c[2 * i + 1][0], c[2 * i][1], c[2 * i + 1][1]}};", "test_attention_cuda.py"),
     Mutant(TILES, "a swizzle that reading does not know", "kChunks >= 8 ? row % 8 : row / 2 % 4", "ptx::lane() % 2", "test_attention_cuda.py"),
+    Mutant(COLUMNS, "a block's sums without their barrier", "    ptx::block_sync();\n", "", "test_gelu_cuda.py", quick=True),
+    Mutant(COLUMNS, "a block's last row left out of its sums", "below < tiling.down; ++below", "below < tiling.down - 1; ++below",
+           "test_gelu_cuda.py"),
+    Mutant(COLUMNS, "sums past the last column", "if (row > 0 || column >= columns) return;", "if (row > 0) return;",
+           "test_gelu_cuda.py"),
+    Mutant(COLUMNS, "partial sums on top of each other", "store_parameters<kWidth>(partials + static_cast<int64_t>(blockIdx.x / tiling.tiles)",
+           "store_parameters<kWidth>(partials + static_cast<int64_t>(blockIdx.x / 2 / tiling.tiles)", "test_gelu_cuda.py"),
+    Mutant(GELU, "a guard off by one row", "if (row < rows) in[r] = Vector::load(x + row * columns);",
+           "if (row <= rows) in[r] = Vector::load(x + row * columns);", "test_gelu_cuda.py"),
+    Mutant(GELU, "a row's gradient left out of the sum", "dbias[i] += down[i];", "if (r == 0) dbias[i] += down[i];", "test_gelu_cuda.py"),
+    Mutant(GELU, "the slope without its bell", "return tail - a * (kBell * bell);", "return tail;", "test_gelu_cuda.py"),
+    Mutant(GELU, "the tail in 16 bits a thousandth too large", "p = p * a - 0.999990463f;", "p = p * a - 0.998548464f;",
+           "test_gelu_cuda.py", quick=True),
+    Mutant(GELU, "the larger square first", "(a * (a * weighed))", "(a * a * weighed)", "test_gelu_cuda.py"),
+    Mutant(DROPOUT, "the mask of the first row for all", "drop<kWidth>(key, row,", "drop<kWidth>(key, first,", "test_dropout_cuda.py",
+           quick=True),
+    Mutant(DROPOUT, "a guard off by one column", "if (c >= columns) return;", "if (c > columns) return;", "test_dropout_cuda.py"),
+    Mutant(DROPOUT_ADD, "the bias past the mask", "out[i] += bias[i];", "other[i] += bias[i];", "test_dropout_cuda.py"),
+    Mutant(DROPOUT_ADD, "a sum of what the mask takes out", "      if (a.op.threshold > 0) drop<kWidth>(key, row, static_cast<int>(c), a.op.threshold, scale, down);\n#pragma unroll\n      for (int i = 0; i < kWidth; ++i) dx_bias[i] += down[i];",
+           "#pragma unroll\n      for (int i = 0; i < kWidth; ++i) dx_bias[i] += down[i];\n      if (a.op.threshold > 0) drop<kWidth>(key, row, static_cast<int>(c), a.op.threshold, scale, down);", "test_dropout_cuda.py"),
+    Mutant(DROPOUT_ADD, "threads past the last column", "c < columns ? a.op.rows : 0", "a.op.rows", "test_dropout_cuda.py"),
     Mutant(DUPLICATE, "rows first to last", "for (int64_t i = a.n - 1; i >= 0; --i)", "for (int64_t i = 0; i < a.n; ++i)",
            "test_duplicate_layers_cuda.py", quick=True),
     Mutant(DUPLICATE, "a copy one element too long", "if (c < a.columns) ptx::store", "if (c <= a.columns) ptx::store",

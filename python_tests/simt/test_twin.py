@@ -129,6 +129,14 @@ def test_pack_bfloat16(twin):
     assert np.array_equal(out[:, 0], pairs(kept[:, 0], kept[:, 1]))
 
 
+def test_functions(twin):
+    x = np.linspace(0.1, 20, 32, dtype=np.float32)
+    out = run(twin, "functions", x).view(np.float32).reshape(32, 4)
+    wide = x.astype(np.float64)
+    for i, exact in enumerate((2**wide, np.log2(wide), 1 / wide, wide**-0.5)):
+        np.testing.assert_allclose(out[:, i], exact, rtol=2**-22, atol=1e-7)  # 2 ulp; log2 crosses 0
+
+
 FAULTS = {  # in the order of the enum in csrc/simt/probes.h: what the report must say
     "none": None,
     "no barrier": "wrote with no barrier in between|nobody has written|read with no barrier",

@@ -13,7 +13,7 @@ triton = library.lazy("stackbert_kernels.ops.dropout.triton_kernel", "dropout")
 
 TABLE = {
     "cpu": {"reference": reference.dropout, "native": native.dropout, "triton": triton},
-    "cuda": {"reference": reference.dropout, "triton": triton},
+    "cuda": {"reference": reference.dropout, "native": native.dropout_cuda, "triton": triton},
 }
 
 

@@ -45,11 +45,11 @@ triton_fwd, triton_bwd = library.lazy(TRITON, "bias_gelu_fwd"), library.lazy(TRI
 
 FORWARD = {
     "cpu": {"reference": reference.bias_gelu_fwd, "native": native.bias_gelu_fwd, "triton": triton_fwd},
-    "cuda": {"reference": reference.bias_gelu_fwd, "triton": triton_fwd},
+    "cuda": {"reference": reference.bias_gelu_fwd, "native": native.bias_gelu_fwd_cuda, "triton": triton_fwd},
 }
 BACKWARD = {
     "cpu": {"reference": reference.bias_gelu_bwd, "native": native.bias_gelu_bwd, "triton": triton_bwd},
-    "cuda": {"reference": reference.bias_gelu_bwd, "triton": triton_bwd},
+    "cuda": {"reference": reference.bias_gelu_bwd, "native": native.bias_gelu_bwd_cuda, "triton": triton_bwd},
 }
 
 OP = library.Op("bias_gelu", FORWARD, library.only_dtypes)

@@ -158,44 +158,51 @@ dropout_add_layer_norm_forward_only_cuda = partial(_dropout_add_layer_norm_forwa
 dropout_add_layer_norm_bwd, dropout_add_layer_norm_bwd_cuda = partial(_norm_bwd, _cpu), partial(_norm_bwd, _cuda)
 
 
-def dropout_add_fwd(
-    x: Tensor, residual: Tensor, x_bias: Tensor | None, rng: Tensor, site: int, threshold: int
+def _dropout_add_fwd(
+    run: Callable, x: Tensor, residual: Tensor, x_bias: Tensor | None, rng: Tensor, site: int, threshold: int
 ) -> Tensor:
     x, residual, x_bias = x.contiguous(), residual.contiguous(), None if x_bias is None else as_float32(x_bias)
-    y, workspace = empty_like(x), _workspace(x, 0)
-    _C.dropout_add_fwd(
+    y = empty_like(x)
+    run(
+        "dropout_add_fwd",
+        x,
+        0,
         x=x.data_ptr(),
         residual=residual.data_ptr(),
         x_bias=_address(x_bias),
         y=y.data_ptr(),
-        workspace=workspace.data_ptr(),
         rows=x.shape[0],
         columns=x.shape[1],
         dtype=NATIVE_DTYPES[x.dtype],
         rng=rng.data_ptr(),
         site=site,
         threshold=threshold,
-        threads=torch.get_num_threads(),
     )
     return y
 
 
-def dropout_add_bwd(dy: Tensor, x_bias: Tensor | None, rng: Tensor, site: int, threshold: int) -> tuple[Tensor, Tensor]:
+def _dropout_add_bwd(
+    run: Callable, dy: Tensor, x_bias: Tensor | None, rng: Tensor, site: int, threshold: int
+) -> tuple[Tensor, Tensor]:
     dy = dy.contiguous()
     dx = empty_like(dy)
-    dx_bias = torch.empty(0 if x_bias is None else dy.shape[1], dtype=torch.float32)
-    workspace = _workspace(dy, 1)
-    _C.dropout_add_bwd(
+    dx_bias = dy.new_empty(0 if x_bias is None else dy.shape[1], dtype=torch.float32)
+    run(
+        "dropout_add_bwd",
+        dy,
+        1,
         dy=dy.data_ptr(),
         dx=dx.data_ptr(),
         dx_bias=dx_bias.data_ptr(),  # 0 where empty
-        workspace=workspace.data_ptr(),
         rows=dy.shape[0],
         columns=dy.shape[1],
         dtype=NATIVE_DTYPES[dy.dtype],
         rng=rng.data_ptr(),
         site=site,
         threshold=threshold,
-        threads=torch.get_num_threads(),
     )
     return dx, dx_bias if x_bias is None else dx_bias.to(x_bias.dtype)
+
+
+dropout_add_fwd, dropout_add_fwd_cuda = partial(_dropout_add_fwd, _cpu), partial(_dropout_add_fwd, _cuda)
+dropout_add_bwd, dropout_add_bwd_cuda = partial(_dropout_add_bwd, _cpu), partial(_dropout_add_bwd, _cuda)

@@ -353,7 +353,11 @@ ADD_FORWARD = {
         "native": native.dropout_add_fwd,
         "triton": _triton("dropout_add_fwd"),
     },
-    "cuda": {"reference": reference.dropout_add_fwd, "triton": _triton("dropout_add_fwd")},
+    "cuda": {
+        "reference": reference.dropout_add_fwd,
+        "native": native.dropout_add_fwd_cuda,
+        "triton": _triton("dropout_add_fwd"),
+    },
 }
 ADD_BACKWARD = {
     "cpu": {
@@ -361,7 +365,11 @@ ADD_BACKWARD = {
         "native": native.dropout_add_bwd,
         "triton": _triton("dropout_add_bwd"),
     },
-    "cuda": {"reference": reference.dropout_add_bwd, "triton": _triton("dropout_add_bwd")},
+    "cuda": {
+        "reference": reference.dropout_add_bwd,
+        "native": native.dropout_add_bwd_cuda,
+        "triton": _triton("dropout_add_bwd"),
+    },
 }
 
 DROPOUT_ADD = library.Op("dropout_add", ADD_FORWARD, _why_not)
