@@ -100,18 +100,36 @@ STACKBERT_DEVICE To bits_as(const From& from) {
   return to;
 }
 
+// A copy of bytes to or from the place itself would have no alignment and be an instruction a byte; the compiler splits
+// a store of 8 or 16 bytes from C++ where threads may skip it.
+template <typename B>
+STACKBERT_DEVICE void store_bits(B* p, B bits) {
+  *p = bits;
+}
+STACKBERT_DEVICE void store_bits(uint2* p, uint2 bits) {
+  asm volatile("st.global.v2.u32 [%0], {%1, %2};" ::"l"(__cvta_generic_to_global(p)), "r"(bits.x), "r"(bits.y)
+               : "memory");
+}
+STACKBERT_DEVICE void store_bits(uint4* p, uint4 bits) {
+  asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(__cvta_generic_to_global(p)), "r"(bits.x), "r"(bits.y),
+               "r"(bits.z), "r"(bits.w)
+               : "memory");
+}
+
 template <typename T>
 STACKBERT_DEVICE T load(const T* p) {
-  return bits_as<T>(*reinterpret_cast<const typename Bits<sizeof(T)>::type*>(p));
+  const typename Bits<sizeof(T)>::type bits = *reinterpret_cast<const typename Bits<sizeof(T)>::type*>(p);
+  return bits_as<T>(bits);
 }
 template <typename T>
 STACKBERT_DEVICE T load_once(const T* p) {
-  return bits_as<T>(__ldcs(reinterpret_cast<const typename Bits<sizeof(T)>::type*>(p)));
+  const typename Bits<sizeof(T)>::type bits = __ldcs(reinterpret_cast<const typename Bits<sizeof(T)>::type*>(p));
+  return bits_as<T>(bits);
 }
 template <typename T>
 STACKBERT_DEVICE void store(T* p, T value) {
   using B = typename Bits<sizeof(T)>::type;
-  *reinterpret_cast<B*>(p) = bits_as<B>(value);
+  store_bits(reinterpret_cast<B*>(p), bits_as<B>(value));
 }
 template <typename T>
 STACKBERT_DEVICE void store_once(T* p, T value) {
