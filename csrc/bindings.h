@@ -17,6 +17,7 @@
 #include "duplicate_layers/duplicate_layers.h"
 #include "gelu/gelu.h"
 #include "layer_norm/layer_norm.h"
+#include "optimizer/optimizer.h"
 
 namespace stackbert {
 

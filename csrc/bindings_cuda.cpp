@@ -248,6 +248,30 @@ void bind_cuda(py::module_& m) {
       py::arg("dy"), py::arg("dx"), py::arg("dx_bias"), py::arg("workspace"), py::arg("rows"), py::arg("columns"),
       py::arg("dtype"), py::arg("rng"), py::arg("site"), py::arg("threshold"), py::arg("device"), py::arg("stream"),
       py::call_guard<py::gil_scoped_release>());
+
+  m.def(
+      "adamw_cuda",
+      [](Address table, Address lines, Address factors, int64_t rows, int64_t blocks, int elements, double lr,
+         double beta1, double beta2, double eps, double weight_decay, double max_norm, Address norm, Address scale,
+         Address found_inf, Address skipped, int device, Address stream) {
+        check_sizes("adamw_", {rows, blocks});
+        check_addresses("adamw_", {factors});
+        if (rows > 0) check_addresses("adamw_", {table});
+        if (blocks > 0) check_addresses("adamw_", {lines});
+        if ((table | lines | factors) % 16 != 0)
+          throw std::invalid_argument("adamw_: table, lines and factors must begin on 16 bytes");
+        if (elements != cuda::kAdamWElements)
+          throw std::invalid_argument("adamw_: the table must be made for " + std::to_string(cuda::kAdamWElements) +
+                                      " elements a block, got " + std::to_string(elements));
+        cuda::adamw({pointer<const cuda::AdamWLine>(table), pointer<const int32_t>(lines), pointer<float>(factors),
+                     rows, blocks, lr, beta1, beta2, eps, weight_decay, max_norm, pointer<const float>(norm),
+                     pointer<const float>(scale), pointer<const float>(found_inf), pointer<float>(skipped)},
+                    device, pointer(stream));
+      },
+      py::arg("table"), py::arg("lines"), py::arg("factors"), py::arg("rows"), py::arg("blocks"), py::arg("elements"),
+      py::arg("lr"), py::arg("beta1"), py::arg("beta2"), py::arg("eps"), py::arg("weight_decay"), py::arg("max_norm"),
+      py::arg("norm"), py::arg("scale"), py::arg("found_inf"), py::arg("skipped"), py::arg("device"), py::arg("stream"),
+      py::call_guard<py::gil_scoped_release>());
 }
 
 }  // namespace stackbert

@@ -270,6 +270,9 @@ STACKBERT_DEVICE float reciprocal(float x) {
   return r;
 }
 STACKBERT_DEVICE float reciprocal_sqrt(float x) { return rsqrtf(x); }
+// Rounded to nearest (sqrt.rn; 9.7.3.15).
+STACKBERT_DEVICE float square_root(float x) { return __fsqrt_rn(x); }
+STACKBERT_DEVICE double square_root(double x) { return __dsqrt_rn(x); }
 
 }  // namespace ptx
 }  // namespace stackbert

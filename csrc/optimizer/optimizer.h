@@ -42,4 +42,40 @@ struct AdamW {
 
 STACKBERT_CPU_KERNEL(adamw, AdamW)
 
+// On a GPU the regions are a table in device memory, made when addresses or sizes change, which they seldom do.
+namespace cuda {
+
+constexpr int kAdamWElements = 2048;  // of a block
+
+// A row: size elements, of which the first `decay` have weight decay.
+struct AdamWLine {
+  float* weights;
+  const float* grads;
+  float* exp_avg;
+  float* exp_avg_sq;
+  bfloat16* copies;  // or null
+  float* step;
+  int64_t size, decay;
+  int64_t first;  // the row's first block; it has one for every kAdamWElements elements or a part of them
+  int64_t wide;   // so many of its blocks are whole, at addresses that are multiples of 16 bytes
+};
+static_assert(sizeof(AdamWLine) == 80, "ops/optimizer/segments.py makes lines of ten int64");
+
+struct AdamW {
+  const AdamWLine* table;  // [rows], at a multiple of 16 bytes, as are lines and factors; on the device, as are those
+  const int32_t* lines;    // [blocks]: the row that each works on
+  float* factors;          // [2 + 2 rows]: scratch
+  int64_t rows, blocks;
+  double lr, beta1, beta2, eps, weight_decay, max_norm;
+  const float* norm;       // these as on the CPU, in device memory
+  const float* scale;      // or null
+  const float* found_inf;  // or null
+  float* skipped;          // [2], or null
+};
+
+// Two launches: the first decides and counts, the second moves the elements. `copies` are rounded to nearest.
+void adamw(const AdamW& arguments, int device, void* stream);
+
+}  // namespace cuda
+
 }  // namespace stackbert

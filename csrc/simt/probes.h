@@ -65,6 +65,16 @@ inline void probe_functions(const Probe a) {
   ptx::store(reinterpret_cast<ptx::Vec<float, 4>*>(a.out) + ptx::lane(), r);
 }
 
+// in: [32] of two floats and a double; out: their square roots
+inline void probe_square_root(const Probe a) {
+  const Words4 in = ptx::load(reinterpret_cast<const Words4*>(a.in) + ptx::lane());
+  const ptx::Vec<uint32_t, 2> high{{in.v[2], in.v[3]}};
+  const auto root = ptx::bits_as<ptx::Vec<uint32_t, 2>>(ptx::square_root(ptx::bits_as<double>(high)));
+  const Words4 r{{ptx::bits_as<uint32_t>(ptx::square_root(ptx::bits_as<float>(in.v[0]))),
+                  ptx::bits_as<uint32_t>(ptx::square_root(ptx::bits_as<float>(in.v[1]))), root.v[0], root.v[1]}};
+  ptx::store(reinterpret_cast<Words4*>(a.out) + ptx::lane(), r);
+}
+
 // Two warps that pass words on to each other through shared memory, right (variant 0) and in every wrong way.
 enum Fault {
   kNone,
@@ -154,6 +164,7 @@ inline void probe(const std::string& name, const uint32_t* in, uint32_t* out, in
   if (name == "pack_bfloat16") return run(probe_pack<bfloat16>, 1, 32);
   if (name == "pack_float16") return run(probe_pack<float16>, 1, 32);
   if (name == "functions") return run(probe_functions, 1, 32);
+  if (name == "square_root") return run(probe_square_root, 1, 32);
   if (name == "fault") return run(probe_fault, 2, 64);
   throw std::invalid_argument("probe: no such probe: " + name);
 }

@@ -270,6 +270,8 @@ inline float exp2(float x) { return std::exp2(x); }
 inline float log2(float x) { return std::log2(x); }
 inline float reciprocal(float x) { return 1.f / x; }
 inline float reciprocal_sqrt(float x) { return 1.f / std::sqrt(x); }
+inline float square_root(float x) { return std::sqrt(x); }
+inline double square_root(double x) { return std::sqrt(x); }
 
 }  // namespace ptx
 }  // namespace stackbert

@@ -32,6 +32,7 @@ GELU = "gelu/gelu_cuda.cu"
 DROPOUT = "dropout/dropout_cuda.cu"
 DROPOUT_ADD = "layer_norm/dropout_add_cuda.cu"
 DUPLICATE = "duplicate_layers/duplicate_layers_cuda.cu"
+OPTIMIZER = "optimizer/optimizer_cuda.cu"
 MUTANTS = [
     Mutant("common/rows.cuh", "a sum over warps without its barrier", "    ptx::block_sync();\n    x = 0.f;", "    x = 0.f;",
            "test_layer_norm_cuda.py", quick=True),
@@ -99,6 +100,20 @@ MUTANTS = [
            "test_duplicate_layers_cuda.py"),
     Mutant(DUPLICATE, "a vector left out", "const int64_t a_block = kThreads * kVectors;",
            "const int64_t a_block = kThreads * kVectors + 1;", "test_duplicate_layers_cuda.py"),
+    Mutant(OPTIMIZER, "decay off by one", "k < decays ? a.kept", "k <= decays ? a.kept", "test_optimizer_cuda.py"),
+    Mutant(OPTIMIZER, "the correction of the next step", "n = static_cast<int64_t>(step);", "n = static_cast<int64_t>(step) + 1;",
+           "test_optimizer_cuda.py"),
+    Mutant(OPTIMIZER, "whole blocks at any address", "if (block < line.wide) {", "if (line.size - first >= kAdamWElements) {",
+           "test_optimizer_cuda.py", quick=True),
+    Mutant(OPTIMIZER, "the end of a tensor off by one", "? static_cast<int>(left) :", "? static_cast<int>(left) + 1 :",
+           "test_optimizer_cuda.py"),
+    Mutant(OPTIMIZER, "a skipped step taken", "if (all.second != 0.f) return;", "", "test_optimizer_cuda.py"),
+    Mutant(OPTIMIZER, "NaN taken for finite", "norm > -kInfinity && norm < kInfinity", "!(norm <= -kInfinity) && !(norm >= kInfinity)",
+           "test_optimizer_cuda.py"),
+    Mutant(OPTIMIZER, "a copy's elements swapped", "ptx::pack<bfloat16>(w.v[0], w.v[1])", "ptx::pack<bfloat16>(w.v[1], w.v[0])",
+           "test_optimizer_cuda.py"),
+    Mutant(OPTIMIZER, "blocks counted from the beginning of the table", "static_cast<int64_t>(blockIdx.x) - line.first",
+           "static_cast<int64_t>(blockIdx.x)", "test_optimizer_cuda.py"),
 ]  # fmt: skip
 
 

@@ -137,6 +137,21 @@ def test_functions(twin):
         np.testing.assert_allclose(out[:, i], exact, rtol=2**-22, atol=1e-7)  # 2 ulp; log2 crosses 0
 
 
+def test_square_root(twin):
+    """Rounded to nearest, as numpy's is: perfect squares, subnormals and the largest among the values."""
+    random = np.random.default_rng(3)
+    given = np.zeros((32, 4), np.float32)
+    given[:, :2] = (np.abs(random.standard_normal((32, 2))) * 10.0 ** random.integers(-37, 38, (32, 2))).astype(
+        np.float32
+    )
+    given[:4, 0] = [0.0, 1e-42, 3.4e38, 144.0]
+    doubles = np.abs(random.standard_normal(32)) * 10.0 ** random.integers(-300, 300, 32)
+    given[:, 2:] = doubles.view(np.float32).reshape(32, 2)
+    out = run(twin, "square_root", given).reshape(32, 4)
+    assert np.array_equal(out[:, :2].copy().view(np.float32), np.sqrt(given[:, :2]))
+    assert np.array_equal(out[:, 2:].copy().view(np.float64)[:, 0], np.sqrt(doubles))
+
+
 FAULTS = {  # in the order of the enum in csrc/simt/probes.h: what the report must say
     "none": None,
     "no barrier": "wrote with no barrier in between|nobody has written|read with no barrier",

@@ -3,7 +3,22 @@
 import torch
 from torch import Tensor
 
+from stackbert_kernels.ops import _library as library
 from stackbert_kernels.ops._library import _C
+from stackbert_kernels.ops.optimizer import segments
+
+BLOCK = 2048  # elements: kAdamWElements of csrc/optimizer/optimizer.h
+
+NUMBERS = ("lr", "beta1", "beta2", "eps", "weight_decay", "max_norm")
+SCALARS = ("norm", "scale", "found_inf")
+
+
+def _options(scalars: list[Tensor | None], numbers: list[float], skipped: Tensor | None) -> dict[str, float | int]:
+    """Numbers as they are, tensors by their addresses."""
+    addresses = {name: 0 if s is None else s.data_ptr() for name, s in zip(SCALARS, scalars, strict=True)}
+    return (
+        dict(zip(NUMBERS, numbers, strict=True)) | addresses | {"skipped": 0 if skipped is None else skipped.data_ptr()}
+    )
 
 
 def adamw_(
@@ -29,8 +44,35 @@ def adamw_(
             )
             for w, g, m, v, t, c, d in tensors
         ],
-        **dict(zip(("norm", "scale", "found_inf"), (0 if s is None else s.data_ptr() for s in scalars), strict=True)),
-        **dict(zip(("lr", "beta1", "beta2", "eps", "weight_decay", "max_norm"), numbers, strict=True)),
-        skipped=0 if skipped is None else skipped.data_ptr(),
+        **_options(scalars, numbers, skipped),
         threads=torch.get_num_threads(),
     )  # fmt: skip
+
+
+def adamw_cuda_(
+    weights: list[Tensor],
+    grads: list[Tensor],
+    exp_avg: list[Tensor],
+    exp_avg_sq: list[Tensor],
+    steps: list[Tensor],
+    copies: list[Tensor],
+    skipped: Tensor | None,
+    decay: list[int],
+    scalars: list[Tensor | None],
+    numbers: list[float],
+) -> None:
+    grads = [g.contiguous() for g in grads]
+    scalars = [None if s is None else s.float() for s in scalars]
+    table, lines = segments.tables(weights, grads, exp_avg, exp_avg_sq, copies, steps, decay, BLOCK)
+    factors = weights[0].new_empty(2 + 2 * len(table))
+    library.launch(
+        "adamw_cuda",
+        weights[0],
+        table=table.data_ptr(),
+        lines=lines.data_ptr(),
+        factors=factors.data_ptr(),
+        rows=len(table),
+        blocks=len(lines),
+        elements=BLOCK,
+        **_options(scalars, numbers, skipped),
+    )

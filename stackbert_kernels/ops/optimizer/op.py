@@ -10,12 +10,13 @@ from torch import Tensor
 
 from stackbert_kernels.ops import _library as library
 from stackbert_kernels.ops.optimizer import native, reference
+from stackbert_kernels.ops.optimizer.native import NUMBERS, SCALARS
 
 triton = library.lazy("stackbert_kernels.ops.optimizer.triton_kernel", "adamw_")
 
 TABLE = {
     "cpu": {"reference": reference.adamw_, "native": native.adamw_, "triton": triton},
-    "cuda": {"reference": reference.adamw_, "triton": triton},
+    "cuda": {"reference": reference.adamw_, "native": native.adamw_cuda_, "triton": triton},
 }
 
 
@@ -26,10 +27,6 @@ def _why_not(impl: str, weights: Tensor) -> str | None:
 
 
 OP = library.Op("adamw_", TABLE, _why_not)
-
-
-NUMBERS = ("lr", "beta1", "beta2", "eps", "weight_decay", "max_norm")
-SCALARS = ("norm", "scale", "found_inf")
 
 
 def _check(weights, grads, exp_avg, exp_avg_sq, steps, copies, skipped, decay, scalars, numbers) -> None:

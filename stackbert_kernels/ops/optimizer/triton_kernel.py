@@ -1,14 +1,11 @@
 """AdamW in Triton: one launch over all rows of all tensors, behind a tiny one that decides whether the step is taken.
 
-A table on the device has a line for each row (of a bank; a tensor that counts its steps as one is one row): its addresses, how many
-elements it has and how many of them decay. A second table says which line each program works on. Both are made when addresses or sizes
-change, which within a stage they seldom do, and kept. 28 bytes move for an element (30 with a copy), 16 in an access of a thread.
+What each program works on is in the tables of segments.py. 28 bytes move for an element (30 with a copy), 16 in an access of a thread.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import lru_cache
 
 import torch
 import triton
@@ -16,19 +13,10 @@ import triton.language as tl
 from torch import Tensor
 
 from stackbert_kernels.ops import _triton
+from stackbert_kernels.ops.optimizer import segments
 
-# A line of the table: int64 each.
-WEIGHTS, GRADS, EXP_AVG, EXP_AVG_SQ, COPIES, STEP = range(6)  # addresses
-SIZE, DECAY = 6, 7  # elements
-FIRST, WIDE = (
-    8,
-    9,
-)  # the row's first program; how many of its programs have whole blocks at addresses for 16-byte accesses
-FIELDS = 10
-TABLES_KEPT = 64
-
-_W, _G, _M, _V, _C, _T = (tl.constexpr(field) for field in (WEIGHTS, GRADS, EXP_AVG, EXP_AVG_SQ, COPIES, STEP))
-_SIZE, _DECAY, _FIRST, _WIDE, _FIELDS = (tl.constexpr(field) for field in (SIZE, DECAY, FIRST, WIDE, FIELDS))
+_W, _G, _M, _V, _C, _T = (tl.constexpr(f) for f in segments.ADDRESSES)
+_SIZE, _DECAY, _FIRST, _WIDE, _FIELDS = (tl.constexpr(f) for f in (*segments.SIZES, segments.FIELDS))
 
 
 @triton.jit
@@ -172,44 +160,6 @@ class Configuration:
 CANDIDATES = (Configuration(1024, 4), Configuration(2048, 4), Configuration(2048, 8), Configuration(4096, 8))
 CONFIGURATIONS = {80: CANDIDATES[0], 90: CANDIDATES[0], 100: CANDIDATES[0]}
 
-Entry = tuple[int, ...]  # the addresses of a tensor's line, of its first row; rows, size, decay
-
-
-def _blocks(size: int, elements: int) -> int:
-    return -(-size // elements)
-
-
-@lru_cache(maxsize=TABLES_KEPT)
-def _lines(sizes: tuple[tuple[int, int], ...], elements: int, device: torch.device, stream: int) -> Tensor:
-    """(rows, size) of each tensor -> [programs] int32, on the device."""
-    rows = [size for rows, size in sizes for _ in range(rows)]
-    programs = torch.tensor([_blocks(size, elements) for size in rows], dtype=torch.int64)
-    return _sent(torch.arange(len(rows), dtype=torch.int32).repeat_interleave(programs), device)
-
-
-@lru_cache(maxsize=TABLES_KEPT)
-def _table(entries: tuple[Entry, ...], elements: int, device: torch.device, stream: int) -> Tensor:
-    """[rows, FIELDS] int64, on the device."""
-    lines, first = [], 0
-    for *addresses, copies, step, rows, size, decay in entries:
-        for row in range(rows):
-            at = [a + 4 * row * size for a in addresses] + [copies + 2 * row * size if copies else 0]
-            blocks, wide = _blocks(size, elements), size // elements if all(a % 16 == 0 for a in at) else 0
-            lines.append([*at, step + 4 * row, size, decay, first, wide])
-            first += blocks
-    return _sent(torch.tensor(lines, dtype=torch.int64).view(-1, FIELDS), device)
-
-
-def _sent(tensor: Tensor, device: torch.device) -> Tensor:
-    """A copy on the device, for work on its current stream; the host does not wait."""
-    if device.type != "cuda":
-        return tensor
-    if torch.cuda.is_current_stream_capturing():
-        raise RuntimeError(
-            "adamw_: a CUDA graph can capture it only after a call with the same tensors on the same stream, which makes its table"
-        )
-    return tensor.pin_memory().to(device, non_blocking=True)
-
 
 def adamw_(
     weights: list[Tensor],
@@ -226,20 +176,10 @@ def adamw_(
     lr, beta1, beta2, eps, weight_decay, max_norm = numbers
     device = weights[0].device
     chosen = _triton.configuration(CONFIGURATIONS, device)
-    grads = [g.contiguous() for g in grads]
     norm, scale, found_inf = (None if s is None else s.float() for s in scalars)
-    tensors = zip(weights, grads, exp_avg, exp_avg_sq, copies or [None] * len(weights), steps, decay, strict=True)
-    entries = tuple(
-        (
-            w.data_ptr(), g.data_ptr(), m.data_ptr(), v.data_ptr(), 0 if c is None else c.data_ptr(), t.data_ptr(),
-            t.numel(), w.numel() // max(1, t.numel()), d,
-        )
-        for w, g, m, v, c, t, d in tensors
-    )  # fmt: skip
     with _triton.on(device):
-        stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
-        table = _table(entries, chosen.elements, device, stream)
-        lines = _lines(tuple(entry[6:8] for entry in entries), chosen.elements, device, stream)
+        grads = [g.contiguous() for g in grads]
+        table, lines = segments.tables(weights, grads, exp_avg, exp_avg_sq, copies, steps, decay, chosen.elements)
         rows = len(table)
         factors = torch.empty(2 + 2 * rows, device=device)
         prepare_kernel[(max(1, triton.cdiv(rows, 64)),)](

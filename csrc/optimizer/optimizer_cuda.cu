@@ -1,0 +1,178 @@
+#include <limits>
+
+#include "common/launch.cuh"
+#include "common/rows.cuh"
+#include "optimizer/optimizer.h"
+
+// The kernel is bound by memory: 28 bytes an element (30 with a copy), all in 16-byte accesses but the copies', which
+// are half as wide as the weights. A thread has the eight loads of its two vectors under way before it uses the first.
+// Nothing is worth a place in the cache: all of it together is more than a cache holds.
+
+namespace stackbert {
+namespace cuda {
+namespace {
+
+constexpr float kInfinity = std::numeric_limits<float>::infinity();
+
+// base^n by squaring: the same digits as on the CPU.
+STACKBERT_DEVICE double power(double base, int64_t n) {
+  double result = 1.0;
+  for (; n > 0; n >>= 1, base *= base)
+    if (n & 1) result *= base;
+  return result;
+}
+
+// factors: what the gradients are multiplied with, 1 if the step is skipped else 0; of each row: its step size,
+// 1 / sqrt(1 - beta2^t)
+struct Pair {
+  float first, second;
+};
+STACKBERT_DEVICE Pair load_pair(const float* factors, int64_t i) {
+  const auto pair = ptx::load(reinterpret_cast<const ptx::Vec<float, 2>*>(factors) + i);
+  return {pair.v[0], pair.v[1]};
+}
+STACKBERT_DEVICE void store_pair(float* factors, int64_t i, float first, float second) {
+  ptx::store(reinterpret_cast<ptx::Vec<float, 2>*>(factors) + i, ptx::Vec<float, 2>{{first, second}});
+}
+
+constexpr int kPrepareThreads = 64;
+
+// A thread a row.
+__global__ void __launch_bounds__(kPrepareThreads) prepare_kernel(const __grid_constant__ AdamW a) {
+  const float scale = a.scale ? ptx::load(a.scale) : 1.f, norm = (a.norm ? ptx::load(a.norm) : 0.f) * scale;
+  const bool finite = norm > -kInfinity && norm < kInfinity;  // false for NaN
+  const bool skip = !finite || (a.found_inf && !(ptx::load(a.found_inf) == 0.f));
+
+  const int64_t row = static_cast<int64_t>(blockIdx.x) * kPrepareThreads + threadIdx.x;
+  if (row < a.rows) {
+    float* const at = reinterpret_cast<float*>(ptx::load(reinterpret_cast<const int64_t*>(&a.table[row].step)));
+    const float step = ptx::load(at) + (skip ? 0.f : 1.f);
+    if (!skip) ptx::store(at, step);
+    const int64_t n = static_cast<int64_t>(step);
+    const double correction1 = 1.0 - power(a.beta1, n), correction2 = 1.0 - power(a.beta2, n);
+    store_pair(a.factors, 1 + row, static_cast<float>(a.lr / correction1),
+               static_cast<float>(1.0 / ptx::square_root(correction2)));
+  }
+  if (row == 0) {
+    const float clip = a.max_norm > 0.0 ? static_cast<float>(a.max_norm) / (norm + 1e-6f) : 1.f;
+    store_pair(a.factors, 0, scale * (clip < 1.f ? clip : 1.f), skip ? 1.f : 0.f);
+    if (a.skipped) {
+      ptx::store(a.skipped, ptx::load(a.skipped) + (skip ? 1.f : 0.f));
+      ptx::store(a.skipped + 1, skip ? ptx::load(a.skipped + 1) + 1.f : 0.f);
+    }
+  }
+}
+
+constexpr int kThreads = 256;
+constexpr int kVectors = kAdamWElements / (4 * kThreads);  // of a thread
+static_assert(kVectors * 4 * kThreads == kAdamWElements, "whole vectors");
+
+struct Update {
+  const AdamWLine* table;
+  const int32_t* lines;
+  const float* factors;
+  float kept, beta1, rest1, beta2, rest2, eps;
+};
+
+// Of a row, in registers: sixteen bytes a load.
+STACKBERT_DEVICE AdamWLine load_line(const AdamWLine* at) {
+  struct Words {
+    ptx::Words4 v[sizeof(AdamWLine) / 16];
+  } words;
+#pragma unroll
+  for (int i = 0; i < static_cast<int>(sizeof(AdamWLine) / 16); ++i)
+    words.v[i] = ptx::load(reinterpret_cast<const ptx::Words4*>(at) + i);
+  return ptx::bits_as<AdamWLine>(words);
+}
+
+template <int kWidth>
+struct Values {
+  using Vector = ptx::Vec<float, kWidth>;
+  Vector g, m, v, w;
+
+  STACKBERT_DEVICE void load(const AdamWLine& line, int64_t i) {
+    g = ptx::load_once(reinterpret_cast<const Vector*>(line.grads + i));
+    m = ptx::load_once(reinterpret_cast<const Vector*>(line.exp_avg + i));
+    v = ptx::load_once(reinterpret_cast<const Vector*>(line.exp_avg_sq + i));
+    w = ptx::load_once(reinterpret_cast<const Vector*>(line.weights + i));
+  }
+  // The first `decays` of the elements have weight decay.
+  STACKBERT_DEVICE void step(const Update& a, float factor, Pair row, int decays) {
+#pragma unroll
+    for (int k = 0; k < kWidth; ++k) {
+      const float gradient = g.v[k] * factor;
+      m.v[k] = m.v[k] * a.beta1 + gradient * a.rest1;
+      v.v[k] = v.v[k] * a.beta2 + gradient * gradient * a.rest2;
+      const float down = m.v[k] * row.first / (ptx::square_root(v.v[k]) * row.second + a.eps);
+      w.v[k] = w.v[k] * (k < decays ? a.kept : 1.f) - down;
+    }
+  }
+  STACKBERT_DEVICE void store(const AdamWLine& line, int64_t i) const {
+    ptx::store_once(reinterpret_cast<Vector*>(line.exp_avg + i), m);
+    ptx::store_once(reinterpret_cast<Vector*>(line.exp_avg_sq + i), v);
+    ptx::store_once(reinterpret_cast<Vector*>(line.weights + i), w);
+    if (!line.copies) return;
+    if constexpr (kWidth == 1) {
+      Elements<bfloat16, 1>::from_floats(w.v).store(line.copies + i);
+    } else {
+      const ptx::Vec<uint32_t, 2> packed{{ptx::pack<bfloat16>(w.v[0], w.v[1]), ptx::pack<bfloat16>(w.v[2], w.v[3])}};
+      ptx::store_once(reinterpret_cast<ptx::Vec<uint32_t, 2>*>(line.copies + i), packed);
+    }
+  }
+};
+
+__global__ void __launch_bounds__(kThreads) adamw_kernel(const __grid_constant__ Update a) {
+  const int64_t row = ptx::load(a.lines + blockIdx.x);
+  const Pair all = load_pair(a.factors, 0), own = load_pair(a.factors, 1 + row);
+  if (all.second != 0.f) return;
+  const AdamWLine line = load_line(a.table + row);
+  const int64_t block = static_cast<int64_t>(blockIdx.x) - line.first, first = block * kAdamWElements;
+  const int t = static_cast<int>(threadIdx.x);
+  const int decays = static_cast<int>(line.decay <= first                   ? 0
+                                      : line.decay - first < kAdamWElements ? line.decay - first
+                                                                            : kAdamWElements);
+
+  if (block < line.wide) {
+    Values<4> values[kVectors];
+#pragma unroll
+    for (int v = 0; v < kVectors; ++v) values[v].load(line, first + 4 * (v * kThreads + t));
+#pragma unroll
+    for (int v = 0; v < kVectors; ++v) {
+      const int e = 4 * (v * kThreads + t);
+      values[v].step(a, all.first, own, decays - e);
+      values[v].store(line, first + e);
+    }
+    return;
+  }
+  const int64_t left = line.size - first;
+  const int elements = left < kAdamWElements ? static_cast<int>(left) : kAdamWElements;
+#pragma unroll 1  // the ends of tensors: few, and they should take no registers from the others
+  for (int e = t; e < elements; e += kThreads) {
+    Values<1> values;
+    values.load(line, first + e);
+    values.step(a, all.first, own, decays - e);
+    values.store(line, first + e);
+  }
+}
+
+}  // namespace
+
+void adamw(const AdamW& a, int device, void* stream) {
+  const OnDevice on_device("adamw_", device);
+  const int64_t prepared = a.rows > 0 ? (a.rows + kPrepareThreads - 1) / kPrepareThreads : 1;  // a step is counted
+  launch("adamw_", prepare_kernel, prepared, kPrepareThreads, 0, stream, a);
+  if (a.blocks == 0) return;
+  const Update update{a.table,
+                      a.lines,
+                      a.factors,
+                      static_cast<float>(1.0 - a.lr * a.weight_decay),
+                      static_cast<float>(a.beta1),
+                      static_cast<float>(1.0 - a.beta1),
+                      static_cast<float>(a.beta2),
+                      static_cast<float>(1.0 - a.beta2),
+                      static_cast<float>(a.eps)};
+  launch("adamw_", adamw_kernel, a.blocks, kThreads, 0, stream, update);
+}
+
+}  // namespace cuda
+}  // namespace stackbert
