@@ -207,9 +207,11 @@ PYBIND11_MODULE(_C, m) {
   m.def(
       "duplicate_layers",
       [](Address bank, int64_t row_bytes, int64_t row_stride, const std::vector<int64_t>& map, int threads) {
-        const DuplicateLayers arguments = duplicate_layers_arguments(bank, row_bytes, row_stride, map, threads);
+        check_sizes("duplicate_layers_", {row_bytes, row_stride});
+        check_addresses("duplicate_layers_", {bank});
+        check_layer_map(map);
         const py::gil_scoped_release unlocked;
-        duplicate_layers(arguments);
+        duplicate_layers({pointer(bank), row_bytes, row_stride, map.data(), static_cast<int64_t>(map.size()), threads});
       },
       py::arg("bank"), py::arg("row_bytes"), py::arg("row_stride"), py::arg("map"), py::arg("threads"));
 #ifdef STACKBERT_WITH_CUDA

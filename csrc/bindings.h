@@ -63,16 +63,12 @@ inline void check_columns(const char* op, int64_t columns, int64_t most) {
                                 std::to_string(columns));
 }
 
-inline DuplicateLayers duplicate_layers_arguments(Address bank, int64_t row_bytes, int64_t row_stride,
-                                                  const std::vector<int64_t>& map, int threads) {
-  check_sizes("duplicate_layers_", {row_bytes, row_stride});
-  check_addresses("duplicate_layers_", {bank});
+inline void check_layer_map(const std::vector<int64_t>& map) {
   const int64_t n = static_cast<int64_t>(map.size());
   for (int64_t i = 0; i < n; ++i)
     if (map[i] < 0 || map[i] > i)
       throw std::invalid_argument("duplicate_layers_: map[" + std::to_string(i) + "] must be in 0.." +
                                   std::to_string(i) + ", got " + std::to_string(map[i]));
-  return {pointer(bank), row_bytes, row_stride, map.data(), n, threads};
 }
 
 inline SumInputs sum_inputs(const char* op, Address x, Address residual, Address x_bias, int64_t rows, int64_t columns,

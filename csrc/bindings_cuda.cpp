@@ -74,14 +74,21 @@ bool nothing_to_do(const Attention& a) { return a.sequences == 0 || a.heads == 0
 void bind_cuda(py::module_& m) {
   m.def(
       "duplicate_layers_cuda",
-      [](Address bank, int64_t row_bytes, int64_t row_stride, const std::vector<int64_t>& map, int device,
+      [](const std::vector<std::tuple<Address, int64_t, int64_t>>& banks, const std::vector<int64_t>& map, int device,
          Address stream) {
-        const DuplicateLayers arguments = duplicate_layers_arguments(bank, row_bytes, row_stride, map, 1);
+        std::vector<cuda::RowBank> list;
+        for (const auto& [bank, row_bytes, row_stride] : banks) {
+          check_sizes("duplicate_layers_", {row_bytes, row_stride});
+          if (row_bytes > 0) check_addresses("duplicate_layers_", {bank});
+          list.push_back({pointer(bank), row_bytes, row_stride});
+        }
+        check_layer_map(map);
         const py::gil_scoped_release unlocked;
-        cuda::duplicate_layers(arguments, device, pointer(stream));
+        cuda::duplicate_layers(
+            {list.data(), static_cast<int64_t>(list.size()), map.data(), static_cast<int64_t>(map.size())}, device,
+            pointer(stream));
       },
-      py::arg("bank"), py::arg("row_bytes"), py::arg("row_stride"), py::arg("map"), py::arg("device"),
-      py::arg("stream"));
+      py::arg("banks"), py::arg("map"), py::arg("device"), py::arg("stream"));
 
   m.def(
       "attention_forward_cuda",

@@ -24,9 +24,22 @@ STACKBERT_CPU_KERNEL(duplicate_layers, DuplicateLayers)
 
 namespace cuda {
 
-// One launch for every kMovesPerLaunch rows that change, on `stream` of `device`.
-constexpr int kMovesPerLaunch = 128;
-void duplicate_layers(const DuplicateLayers& arguments, int device, void* stream);
+struct RowBank {
+  void* bank;  // as above
+  int64_t row_bytes, row_stride;
+};
+
+// The same map on several banks: weights, moments, a copy in bf16.
+struct DuplicateBanks {
+  const RowBank* banks;  // [count], in host memory as the map
+  int64_t count;
+  const int64_t* map;
+  int64_t n;
+};
+
+// One launch for every kBanksPerLaunch banks and kMovesPerLaunch rows that change, on `stream` of `device`.
+constexpr int kMovesPerLaunch = 128, kBanksPerLaunch = 8;
+void duplicate_layers(const DuplicateBanks& arguments, int device, void* stream);
 
 }  // namespace cuda
 }  // namespace stackbert

@@ -1,3 +1,4 @@
+#include <algorithm>
 #include <vector>
 
 #include "common/launch.cuh"
@@ -14,71 +15,92 @@ struct Move {
   int32_t to, from;
 };
 
-// Rows of `columns` dense Vectors, each `stride` Vectors after the one before; what moves, last to first, by value:
-// nothing to allocate, to copy, or to keep alive.
-template <typename Vector>
-struct Moves {
-  Vector* bank;
+// Rows of `columns` dense units of `unit` bytes, each `stride` units after the one before.
+struct Bank {
+  void* rows;
   int64_t columns, stride;
+  int unit;
+  int64_t first;  // block
+};
+
+// What moves, last to first, by value: nothing to allocate, to copy, or to keep alive.
+struct Moves {
+  Bank banks[kBanksPerLaunch];
   Move rows[kMovesPerLaunch];
-  int count;
+  int banks_used, count;
 };
 
 // A thread does all rows of its own columns.
-template <typename Vector>
-__global__ void __launch_bounds__(kThreads) duplicate_layers_kernel(const __grid_constant__ Moves<Vector> a) {
-  const int64_t first = static_cast<int64_t>(blockIdx.x) * (kThreads * kVectors) + threadIdx.x;
+template <typename Unit>
+STACKBERT_DEVICE void move_rows(const Moves& a, const Bank& bank, int64_t first) {
   for (int m = 0; m < a.count; ++m) {
-    const Vector* from = a.bank + a.rows[m].from * a.stride;
-    Vector* to = a.bank + a.rows[m].to * a.stride;
-    Vector held[kVectors];
+    const Unit* from = static_cast<const Unit*>(bank.rows) + a.rows[m].from * bank.stride;
+    Unit* to = static_cast<Unit*>(bank.rows) + a.rows[m].to * bank.stride;
+    Unit held[kVectors];
 #pragma unroll
     for (int v = 0; v < kVectors; ++v) {
       const int64_t c = first + v * kThreads;
-      if (c < a.columns) held[v] = ptx::load(from + c);
+      if (c < bank.columns) held[v] = ptx::load(from + c);
     }
 #pragma unroll
     for (int v = 0; v < kVectors; ++v) {
       const int64_t c = first + v * kThreads;
-      if (c < a.columns) ptx::store(to + c, held[v]);
+      if (c < bank.columns) ptx::store(to + c, held[v]);
     }
   }
 }
 
-template <typename Vector>
-void run(const DuplicateLayers& a, const std::vector<Move>& moves, void* stream) {
-  constexpr int64_t size = sizeof(Vector);
-  const int64_t a_block = kThreads * kVectors;
-  Moves<Vector> arguments{static_cast<Vector*>(a.bank), a.row_bytes / size, a.row_stride / size, {}, 0};
-  for (const Move& move : moves) {
-    arguments.rows[arguments.count++] = move;
-    // Launches follow each other on the stream, so rows are written last to first across them too.
-    if (arguments.count == kMovesPerLaunch || &move == &moves.back()) {
-      launch("duplicate_layers_", duplicate_layers_kernel<Vector>, (arguments.columns + a_block - 1) / a_block,
-             kThreads, 0, stream, arguments);
-      arguments.count = 0;
-    }
-  }
+__global__ void __launch_bounds__(kThreads) duplicate_layers_kernel(const __grid_constant__ Moves a) {
+  int b = 0;
+  while (b + 1 < a.banks_used && static_cast<int64_t>(blockIdx.x) >= a.banks[b + 1].first) ++b;
+  const Bank& bank = a.banks[b];
+  const int64_t first = (static_cast<int64_t>(blockIdx.x) - bank.first) * (kThreads * kVectors) + threadIdx.x;
+  if (bank.unit == 16)
+    move_rows<ptx::Words4>(a, bank, first);
+  else if (bank.unit == 4)
+    move_rows<uint32_t>(a, bank, first);
+  else if (bank.unit == 2)
+    move_rows<uint16_t>(a, bank, first);
+  else
+    move_rows<uint8_t>(a, bank, first);
+}
+
+// The widest unit that every row begins and ends on.
+int unit_of(const RowBank& bank) {
+  const uint64_t bits =
+      reinterpret_cast<uintptr_t>(bank.bank) | static_cast<uint64_t>(bank.row_bytes | bank.row_stride);
+  for (const int unit : {16, 4, 2})
+    if (bits % static_cast<uint64_t>(unit) == 0) return unit;
+  return 1;
 }
 
 }  // namespace
 
-void duplicate_layers(const DuplicateLayers& a, int device, void* stream) {
-  if (a.row_bytes == 0) return;
+void duplicate_layers(const DuplicateBanks& a, int device, void* stream) {
   const OnDevice on_device("duplicate_layers_", device);
-  // The widest vector that every row begins and ends on.
-  const uint64_t alignment = reinterpret_cast<uintptr_t>(a.bank) | static_cast<uint64_t>(a.row_bytes | a.row_stride);
   std::vector<Move> moves;
   for (int64_t i = a.n - 1; i >= 0; --i)
     if (a.map[i] != i) moves.push_back({static_cast<int32_t>(i), static_cast<int32_t>(a.map[i])});
-  if (alignment % 16 == 0)
-    run<ptx::Words4>(a, moves, stream);
-  else if (alignment % 4 == 0)
-    run<uint32_t>(a, moves, stream);
-  else if (alignment % 2 == 0)
-    run<uint16_t>(a, moves, stream);
-  else
-    run<uint8_t>(a, moves, stream);
+  const int64_t a_block = kThreads * kVectors;
+  for (int64_t begin = 0; begin < a.count; begin += kBanksPerLaunch) {
+    Moves arguments{};
+    int64_t blocks = 0;
+    for (int64_t i = begin; i < std::min(begin + kBanksPerLaunch, a.count); ++i) {
+      const RowBank& bank = a.banks[i];
+      if (bank.row_bytes == 0) continue;
+      const int unit = unit_of(bank);
+      const int64_t columns = bank.row_bytes / unit;
+      arguments.banks[arguments.banks_used++] = {bank.bank, columns, bank.row_stride / unit, unit, blocks};
+      blocks += (columns + a_block - 1) / a_block;
+    }
+    if (blocks == 0) continue;
+    for (size_t done = 0; done < moves.size(); done += arguments.count) {
+      // Launches follow each other on the stream, so rows are written last to first across them too.
+      arguments.count = static_cast<int>(std::min<size_t>(kMovesPerLaunch, moves.size() - done));
+      std::copy_n(moves.begin() + static_cast<std::ptrdiff_t>(done), arguments.count, arguments.rows);
+      launch("duplicate_layers_", duplicate_layers_kernel, blocks, kThreads, 0, stream, arguments);
+    }
+  }
 }
 
 }  // namespace cuda

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from stackbert_kernels import ops
 from stackbert_kernels.ops._library import _C, WHY_NO_NATIVE_CUDA
-from stackbert_kernels.ops.duplicate_layers.op import _duplicate_layers_
+from stackbert_kernels.ops.duplicate_layers.op import _duplicate_banks_, _duplicate_layers_
 
 IMPLS = ("reference", "native", "triton")
 WIDE = 3_000_001  # float32: past the size from which the CPU kernel streams, and not a whole number of cache lines
@@ -162,7 +162,7 @@ def test_opcheck_and_compile(impl):
     [
         (torch.ones(3, 2), [0, 2], ValueError, r"layer_map\[1\] must be in 0..1, got 2"),
         (torch.ones(3, 2), [0, -1], ValueError, r"layer_map\[1\] must be in 0..1, got -1"),
-        (torch.ones(3, 2), [0, 0, 0, 0], ValueError, "at most the bank's 3 rows, got 4"),
+        (torch.ones(3, 2), [0, 0, 0, 0], ValueError, "at most the 3 rows of bank, got 4"),
         (torch.ones(3, 2), [0, 0.5], TypeError, "float"),
         (torch.ones(()), [], ValueError, "got a scalar"),
         (torch.ones(3, 8)[:, ::2], [0, 0], ValueError, r"dense .*strides \[8, 2\]"),
@@ -172,6 +172,38 @@ def test_opcheck_and_compile(impl):
 def test_bad_arguments(bank, layer_map, error, message):
     with pytest.raises(error, match=message):
         ops.duplicate_layers_(bank, layer_map)
+
+
+def several(device: str = "cpu") -> list[torch.Tensor]:
+    """Weights and moments, part of a wider bank, a copy in bfloat16, step counts, and nothing."""
+    wide = torch.randn(6, 50, device=device)
+    return [wide.clone(), wide[:5, 8:40], wide.clone().bfloat16(), torch.arange(6.0, device=device), wide[:, :0]]
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("layer_map", [[0, 0, 1, 1, 2], [0, 1, 2], []], ids=str)
+def test_several_banks(impl, layer_map):
+    banks = several()
+    wanted, versions = [oracle(bank, layer_map) for bank in banks], [bank._version for bank in banks]
+    ops.duplicate_banks_(banks, layer_map, impl=impl)
+    assert all(torch.equal(bank, exact) for bank, exact in zip(banks, wanted, strict=True))
+    assert all(bank._version > before for bank, before in zip(banks, versions, strict=True))
+    torch.library.opcheck(_duplicate_banks_, (several(), layer_map, impl))
+
+
+@pytest.mark.parametrize(
+    ("banks", "message"),
+    [
+        ([], "banks must name at least one tensor"),
+        ([torch.zeros(3, 4), torch.zeros(2, 4)], r"at most the 2 rows of banks\[1\], got 3"),
+        ([torch.zeros(3, 4), torch.zeros(4, 3).t()], r"each row of banks\[1\] must be dense"),
+        ([torch.zeros(3, 4), torch.zeros(3, 4, device="meta")], r"banks\[1\] must be on cpu as banks\[0\], got meta"),
+        ([torch.zeros(3, 4), torch.zeros(3, 4, requires_grad=True)], r"banks\[1\] requires grad"),
+    ],
+)
+def test_several_banks_refused(banks, message):
+    with pytest.raises(ValueError, match=f"duplicate_layers_: .*{message}"):
+        ops.duplicate_banks_(banks, [0, 0, 1])
 
 
 def test_cuda_is_offered_only_where_it_was_built():
@@ -186,7 +218,7 @@ def test_cuda_is_offered_only_where_it_was_built():
 def test_without_a_driver_the_error_names_the_op_and_the_call():
     bank = torch.ones(2, 4)
     with pytest.raises(RuntimeError, match="duplicate_layers_: cudaDeviceGetAttribute failed: cudaError"):
-        _C.duplicate_layers_cuda(bank.data_ptr(), 16, 16, [0, 0], 0, 0)
+        _C.duplicate_layers_cuda([(bank.data_ptr(), 16, 16)], [0, 0], 0, 0)
 
 
 @pytest.mark.gpu
@@ -201,3 +233,13 @@ def test_cuda(impl, rows, columns, dtype):
     layer_map = [i // 2 for i in range(rows)]
     wanted = oracle(bank, layer_map)
     assert torch.equal(ops.duplicate_layers_(bank, layer_map, impl=impl), wanted)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no CUDA device")
+@pytest.mark.parametrize("impl", ops.available()["duplicate_layers_"]["cuda"])
+def test_cuda_several_banks(impl):
+    banks = several("cuda")
+    wanted = [oracle(bank, [0, 0, 1, 1, 2]) for bank in banks]
+    ops.duplicate_banks_(banks, [0, 0, 1, 1, 2], impl=impl)
+    assert all(torch.equal(bank, exact) for bank, exact in zip(banks, wanted, strict=True))

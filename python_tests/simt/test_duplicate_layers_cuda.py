@@ -19,7 +19,8 @@ def test_rows_are_those_of_the_map(twin, layer_map, dtype, columns):
     start = torch.randint(0, 256, (len(layer_map) + 1, columns * dtype.itemsize), dtype=torch.uint8)
     for seed in SEEDS[:4]:
         with Device(twin, seed, {}):
-            held = torch.zeros(start.shape[0], start.shape[1] + 16, dtype=torch.uint8)  # a guard band behind every row
+            apart = start.shape[1] // 16 * 16 + 32  # a guard band behind every row, and the next on 16 bytes
+            held = torch.zeros(start.shape[0], apart, dtype=torch.uint8)
             bank = held[:, : start.shape[1]]
             bank.copy_(start)
             native.duplicate_layers_cuda(bank.view(dtype)[: len(layer_map)], layer_map)
@@ -32,3 +33,27 @@ def test_more_rows_than_a_launch_takes(twin):
         bank = start.clone()
         native.duplicate_layers_cuda(bank, [i // 2 for i in range(300)])
     assert torch.equal(bank, start[[i // 2 for i in range(300)]])
+
+
+@pytest.mark.parametrize("layer_map", MAPS, ids=str)
+def test_several_banks_at_once(twin, layer_map):
+    """Rows of 16-byte, 4-byte and 1-byte units, one of a few bytes, more banks than a launch takes."""
+    torch.manual_seed(0)
+    widths = [
+        (4100, torch.float32),
+        (8200, torch.bfloat16),
+        (),
+        (5, torch.float32),
+        (3, torch.uint8),
+        *[(4, torch.float32)] * 6,
+    ]
+    rows = len(layer_map) + 1
+    starts = [
+        torch.randint(0, 100, (rows, *width[:1])).to(width[1]) if width else torch.randn(rows) for width in widths
+    ]
+    for seed in SEEDS[:2]:
+        with Device(twin, seed, {}):
+            banks = [start.clone() for start in starts]
+            native.duplicate_banks_cuda([bank[: len(layer_map)] for bank in banks], layer_map)
+        for bank, start in zip(banks, starts, strict=True):
+            assert torch.equal(bank, start[[*layer_map, len(layer_map)]])

@@ -37,7 +37,12 @@ def grow(model: Bert, optimizer: Moments | None, stage: Stage, *, seed: int) -> 
     rows = layer_map(stage.grow, model.depth, stage.depth)
     sources = [i if source < 0 else source for i, source in enumerate(rows)]
     new = stage.depth
-    ops.duplicate_layers_(model.bank.weights[:new], sources, impl=model.impl)
+    banks = [model.bank.weights]
+    if optimizer is not None and stage.optimizer_state == "reset":
+        optimizer.reset()
+    elif optimizer is not None:
+        banks += [optimizer.exp_avg, optimizer.exp_avg_sq, optimizer.steps]
+    ops.duplicate_banks_([bank[:new] for bank in banks], sources, impl=model.impl)
     for i, source in enumerate(rows):
         if source in (RANDOM, IDENTITY):
             model.bank.initialise(i, seed, model.config.init_std)
@@ -45,15 +50,9 @@ def grow(model: Bert, optimizer: Moments | None, stage: Stage, *, seed: int) -> 
             for slot in model.bank.layout:
                 if slot.name in LAST_OF_BRANCH:
                     slot.view(model.bank.weights[i]).zero_()
-    if optimizer is not None and stage.optimizer_state == "reset":
-        optimizer.reset()
-    elif optimizer is not None:
-        without = [
-            i for i, source in enumerate(rows) if source < 0 or (source != i and stage.optimizer_state == "zero")
-        ]
-        for bank in (optimizer.exp_avg, optimizer.exp_avg_sq, optimizer.steps):
-            ops.duplicate_layers_(bank[:new], sources, impl=model.impl)
-            for i in without:
-                bank[i].zero_()
+    without = [i for i, source in enumerate(rows) if source < 0 or (source != i and stage.optimizer_state == "zero")]
+    for moments in banks[1:]:
+        for i in without:
+            moments[i].zero_()
     model.depth = new
     return rows

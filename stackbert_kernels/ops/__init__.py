@@ -13,7 +13,7 @@ from stackbert_kernels.ops.attention.op import attention, attention_qkv_varlen, 
 from stackbert_kernels.ops.dropout.op import OP as DROPOUT
 from stackbert_kernels.ops.dropout.op import dropout
 from stackbert_kernels.ops.duplicate_layers.op import OP as DUPLICATE_LAYERS
-from stackbert_kernels.ops.duplicate_layers.op import duplicate_layers_
+from stackbert_kernels.ops.duplicate_layers.op import duplicate_banks_, duplicate_layers_
 from stackbert_kernels.ops.embedding.op import OP as EMBEDDING_LAYER_NORM
 from stackbert_kernels.ops.embedding.op import embedding_layer_norm
 from stackbert_kernels.ops.gelu.op import OP as BIAS_GELU
@@ -70,6 +70,7 @@ __all__ = [
     "dropout",
     "dropout_add",
     "dropout_add_layer_norm",
+    "duplicate_banks_",
     "duplicate_layers_",
     "embedding_layer_norm",
     "explain",

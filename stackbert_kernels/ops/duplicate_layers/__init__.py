@@ -1,3 +1,3 @@
-from stackbert_kernels.ops.duplicate_layers.op import duplicate_layers_
+from stackbert_kernels.ops.duplicate_layers.op import duplicate_banks_, duplicate_layers_
 
-__all__ = ["duplicate_layers_"]
+__all__ = ["duplicate_banks_", "duplicate_layers_"]

@@ -19,5 +19,10 @@ def duplicate_layers_cpu(bank: Tensor, layer_map: list[int]) -> None:
 
 
 def duplicate_layers_cuda(bank: Tensor, layer_map: list[int]) -> None:
-    if bank.numel():
-        library.launch("duplicate_layers_cuda", bank, **_rows(bank), map=layer_map)
+    duplicate_banks_cuda([bank], layer_map)
+
+
+def duplicate_banks_cuda(banks: list[Tensor], layer_map: list[int]) -> None:
+    rows = [tuple(_rows(bank).values()) for bank in banks if bank.numel()]
+    if rows:
+        library.launch("duplicate_layers_cuda", banks[0], banks=rows, map=layer_map)
