@@ -26,7 +26,7 @@ FORWARD, BACKWARD, BOTH, FROZEN, STEP = "forward", "backward", "forward + backwa
 COPY, MATMUL = "copy", "matmul"  # the ceilings, among the candidates
 INPUT_SETS = {"cuda": 3, "cpu": 1}
 ROTATED_BYTES = 1 << 30  # a set of inputs above this leaves nothing in a cache: one is enough
-ROW_SECONDS = {"cuda": 1e9, "cpu": 2.0}  # on a CPU, rounds stop after so long
+ROW_SECONDS = {"cuda": 1e9, "cpu": 1.5}  # on a CPU, rounds stop after so long
 BASELINE = "torch"  # the peer that every declaration has: plain PyTorch, the measure of accuracy
 
 

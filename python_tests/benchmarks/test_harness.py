@@ -238,7 +238,9 @@ def test_contenders_take_turns_in_alternating_order():
 
 
 def test_rounds_end_with_the_time_but_two_are_run():
-    assert len(clock.interleave({"a": lambda i: None}, "cpu", repeats=50, seconds=0.0)["a"].samples) == 2
+    calls = []
+    taken = clock.interleave({"a": calls.append}, "cpu", repeats=50, warmup=3, seconds=0.0)
+    assert len(taken["a"].samples) == 2 and calls == [0, 0, 1]  # one to warm up
 
 
 class FakeCuda:
