@@ -26,7 +26,7 @@ test-all: build  ## that, and every planted fault of the CUDA kernels
 	$(BIN)/python -m pytest -q --all-mutants
 
 bench: build  ## every op and the training step beside PyTorch and what else is installed, on this machine
-	$(BIN)/python -m benchmarks
+	$(BIN)/python -m benchmarks --minutes 3
 	$(BIN)/python -m benchmarks train_step
 
 lint: .venv/.linters  ## formatting and lint, without changing anything

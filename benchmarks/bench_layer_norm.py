@@ -35,7 +35,7 @@ def cases(device: str, quick: bool) -> list[Case]:
     if quick:
         return _quick(device, 0.0)
     if device == "cpu":
-        return _on_cpu(0.0, (8192, 2048))
+        return _on_cpu(0.0, (8192,))
     return [
         _case(65536, 768, torch.bfloat16, directions=GPU_DIRECTIONS, main=True),
         _case(65536, 1024, torch.bfloat16),
@@ -47,7 +47,7 @@ def fused_cases(device: str, quick: bool) -> list[Case]:
     if quick:
         return _quick(device, 0.1)
     if device == "cpu":
-        return [*_on_cpu(0.1, (8192, 2048)), *_on_cpu(0.0, (8192,))]
+        return [*_on_cpu(0.1, (8192, 2048)), *_on_cpu(0.0, (4096,))]
     return [
         _case(65536, 768, torch.bfloat16, 0.1, directions=GPU_DIRECTIONS, main=True),
         _case(65536, 768, torch.bfloat16, 0.0),
