@@ -1,8 +1,9 @@
 #include "common/columns.cuh"
 #include "dropout/dropout.h"
 
-// 4 bytes an element in 16 bits leave 27 instructions for it (gelu_cuda.cu says how). The mask takes 6 of them: half of
-// a Philox call's 16 decisions are thrown away, where drawing them once would mean handing them from lane to lane.
+// 4 bytes an element in 16 bits leave 27 instructions for it (gelu_cuda.cu says how); sm_90 has 24 here, rows and key
+// included. Half of a Philox call's 16 decisions are thrown away: drawing them once would mean handing them from lane
+// to lane, which costs about as much.
 
 namespace stackbert {
 namespace cuda {
