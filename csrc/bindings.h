@@ -15,8 +15,10 @@
 #include "common/dtype.h"
 #include "dropout/dropout.h"
 #include "duplicate_layers/duplicate_layers.h"
+#include "embedding/embedding.h"
 #include "gelu/gelu.h"
 #include "layer_norm/layer_norm.h"
+#include "masked_lm_loss/masked_lm_loss.h"
 #include "optimizer/optimizer.h"
 
 namespace stackbert {

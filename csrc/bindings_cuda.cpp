@@ -279,6 +279,42 @@ void bind_cuda(py::module_& m) {
       py::arg("lr"), py::arg("beta1"), py::arg("beta2"), py::arg("eps"), py::arg("weight_decay"), py::arg("max_norm"),
       py::arg("norm"), py::arg("scale"), py::arg("found_inf"), py::arg("skipped"), py::arg("device"), py::arg("stream"),
       py::call_guard<py::gil_scoped_release>());
+
+  m.def(
+      "cross_entropy_blocks_cuda",
+      [](int64_t rows, int64_t vocabulary, int dtype, int device) {
+        check_sizes("cross_entropy", {rows, vocabulary});
+        return cuda::cross_entropy_blocks(rows, vocabulary, cuda_dtype("cross_entropy", dtype), device);
+      },
+      py::arg("rows"), py::arg("vocabulary"), py::arg("dtype"), py::arg("device"),
+      "Rows of sums for cross_entropy_cuda; 0: it takes a row a block there, and no sums.");
+  m.def(
+      "cross_entropy_cuda",
+      [](Address logits, Address labels, Address count, Address losses, Address correct, Address sums, int64_t rows,
+         int64_t vocabulary, int64_t words, int64_t ignore_index, int64_t blocks, int dtype, bool gradient, bool add,
+         int device, Address stream) {
+        const char* op = "cross_entropy";
+        check_sizes(op, {rows, vocabulary, words, vocabulary - words, blocks});
+        const DType type = cuda_dtype(op, dtype);
+        if (rows == 0) return;
+        check_addresses(op, {logits, labels, count, losses});
+        if (vocabulary == 0 || vocabulary % 16 != 0 || logits % 16 != 0)
+          throw std::invalid_argument("cross_entropy: rows must be of 16, 32, ... words and begin on 16 bytes");
+        if (blocks > 0 && (!gradient || correct != 0))
+          throw std::invalid_argument("cross_entropy: blocks are for a gradient, and find no correct labels");
+        if (blocks > 0 && cuda::cross_entropy_blocks(rows, vocabulary, type, device) == 0)
+          throw std::invalid_argument("cross_entropy: a row of " + std::to_string(vocabulary) +
+                                      " words does not fit into a block");
+        if (blocks == 0 && sums != 0) throw std::invalid_argument("cross_entropy: sums are of blocks, got none");
+        cuda::cross_entropy({pointer(logits), pointer<const int64_t>(labels), pointer<const float>(count),
+                             pointer<float>(losses), pointer<bool>(correct), pointer<float>(sums), rows, vocabulary,
+                             words, ignore_index, blocks, type, gradient, add},
+                            device, pointer(stream));
+      },
+      py::arg("logits"), py::arg("labels"), py::arg("count"), py::arg("losses"), py::arg("correct"), py::arg("sums"),
+      py::arg("rows"), py::arg("vocabulary"), py::arg("words"), py::arg("ignore_index"), py::arg("blocks"),
+      py::arg("dtype"), py::arg("gradient"), py::arg("add"), py::arg("device"), py::arg("stream"),
+      py::call_guard<py::gil_scoped_release>());
 }
 
 }  // namespace stackbert

@@ -16,6 +16,7 @@ class OnDevice {
   OnDevice(const char*, int) {}
 };
 inline int multiprocessors(const char*, int) { return 3; }  // an odd few, so that persistent blocks take several turns
+inline int shared_memory_of_a_block(const char*, int) { return 227 << 10; }
 
 template <typename Arguments>
 void launch(const char* op, void (*kernel)(const Arguments), int64_t blocks, int threads, int shared_bytes, void*,
@@ -37,6 +38,12 @@ inline int multiprocessors(const char* op, int device) {
   int count = 0;
   check(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device), op, "cudaDeviceGetAttribute");
   return count;
+}
+
+inline int shared_memory_of_a_block(const char* op, int device) {  // bytes, at most
+  int bytes = 0;
+  check(cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device), op, "cudaDeviceGetAttribute");
+  return bytes;
 }
 
 constexpr int kSharedByDefault = 48 << 10;  // more has to be asked for

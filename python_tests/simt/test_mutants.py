@@ -31,6 +31,7 @@ COLUMNS = "common/columns.cuh"
 GELU = "gelu/gelu_cuda.cu"
 DROPOUT = "dropout/dropout_cuda.cu"
 DROPOUT_ADD = "layer_norm/dropout_add_cuda.cu"
+LOSS = "masked_lm_loss/masked_lm_loss_cuda.cu"
 DUPLICATE = "duplicate_layers/duplicate_layers_cuda.cu"
 OPTIMIZER = "optimizer/optimizer_cuda.cu"
 MUTANTS = [
@@ -118,6 +119,21 @@ MUTANTS = [
            "test_optimizer_cuda.py"),
     Mutant(OPTIMIZER, "blocks counted from the beginning of the table", "static_cast<int64_t>(blockIdx.x) - line.first",
            "static_cast<int64_t>(blockIdx.x)", "test_optimizer_cuda.py"),
+    Mutant(LOSS, "copies not waited for", "    ptx::wait_copies<0>();\n", "", "test_masked_lm_loss_cuda.py", quick=True),
+    Mutant(LOSS, "a block's sum without its barrier", "scratch.store(ptx::warp(), p);\n  ptx::block_sync();",
+           "scratch.store(ptx::warp(), p);", "test_masked_lm_loss_cuda.py"),
+    Mutant(LOSS, "two rows in one scratch", "scratch + turn * kWarps", "scratch", "test_masked_lm_loss_cuda.py"),
+    Mutant(LOSS, "the next row copied over the present one", "(turn ^ 1) * t.buffer_bytes", "turn * t.buffer_bytes",
+           "test_masked_lm_loss_cuda.py"),
+    Mutant(LOSS, "a label in the padding", "label < a.words", "label < a.vocabulary", "test_masked_lm_loss_cuda.py"),
+    Mutant(LOSS, "a guard off by a vector", "if (c >= vocabulary) continue;", "if (c > vocabulary) continue;",
+           "test_masked_lm_loss_cuda.py"),
+    Mutant(LOSS, "the label's gradient one word late", "i == label ? weight_", "i == label + 1 ? weight_",
+           "test_masked_lm_loss_cuda.py"),
+    Mutant(LOSS, "sums of earlier chunks forgotten", "if (a.add && sums", "if (!a.add && sums", "test_masked_lm_loss_cuda.py"),
+    Mutant(LOSS, "sums relative to different maxima", "warp_sum(p.total * Exponent<T>::ratio(p.top, top))", "warp_sum(p.total)",
+           "test_masked_lm_loss_cuda.py"),
+    Mutant(LOSS, "an equal word ahead of itself", "c + i < label", "c + i <= label", "test_masked_lm_loss_cuda.py"),
 ]  # fmt: skip
 
 

@@ -1,12 +1,18 @@
-"""Masked-LM loss with the cross entropy by csrc/masked_lm_loss. Ignored rows are left out before anything is computed."""
+"""Masked-LM loss with the cross entropy by csrc/masked_lm_loss.
+
+On the CPU ignored rows are left out before anything is computed; `_cuda` leaves them in, where the host would wait for their number.
+"""
 
 from __future__ import annotations
+
+from functools import partial
 
 import torch
 from torch import Tensor
 
+from stackbert_kernels.ops import _library as library
 from stackbert_kernels.ops._library import _C, NATIVE_DTYPES
-from stackbert_kernels.ops.masked_lm_loss import chunks
+from stackbert_kernels.ops.masked_lm_loss import chunks, padded
 
 
 def masked_lm_loss_fwd(
@@ -88,3 +94,65 @@ def _cross_entropy(
         scale,
         torch.get_num_threads(),
     )
+
+
+class _CudaCrossEntropy:
+    """The kernels of csrc/masked_lm_loss for the chunks of a call."""
+
+    def __init__(self, labels: Tensor, words: int, ignore_index: int, count: Tensor):
+        self.labels, self.words, self.ignore_index, self.count = labels, words, ignore_index, count
+        self.blocks: int | None = None  # that take turns at the rows of a chunk
+        self.sums: Tensor | None = None  # [blocks, V] of the gradient over the rows that each block had, in all chunks
+
+    def __call__(
+        self, logits: Tensor, rows: slice, losses: Tensor, need_dlogits: bool, need_bias: bool
+    ) -> Tensor | None:
+        if self.blocks is None:
+            dtype = NATIVE_DTYPES[logits.dtype]
+            sizes = {"rows": logits.shape[0], "vocabulary": logits.shape[1]}
+            self.blocks = library.ask("cross_entropy_blocks_cuda", logits, **sizes, dtype=dtype) if need_dlogits else 0
+        first = self.sums is None
+        if first and need_bias and self.blocks:
+            self.sums = logits.new_empty(self.blocks, logits.shape[1], dtype=torch.float32)
+        self._launch(logits, rows, losses, None, need_dlogits, self.blocks, add=not first)
+        return logits.sum(0, dtype=torch.float32) if need_bias and self.sums is None else None
+
+    def dbias(self) -> Tensor | None:
+        return None if self.sums is None else self.sums.sum(0)
+
+    def predictions(self, logits: Tensor, rows: slice, losses: Tensor, correct: Tensor) -> None:
+        self._launch(logits, rows, losses, correct, False, 0, add=False)
+
+    def _launch(
+        self,
+        logits: Tensor,
+        rows: slice,
+        losses: Tensor,
+        correct: Tensor | None,
+        gradient: bool,
+        blocks: int,
+        *,
+        add: bool,
+    ) -> None:
+        library.launch(
+            "cross_entropy_cuda",
+            logits,
+            logits=logits.data_ptr(),
+            labels=self.labels[rows].data_ptr(),
+            count=self.count.data_ptr(),
+            losses=losses.data_ptr(),
+            correct=0 if correct is None else correct.data_ptr(),
+            sums=0 if self.sums is None else self.sums.data_ptr(),
+            rows=logits.shape[0],
+            vocabulary=logits.shape[1],
+            words=self.words,
+            ignore_index=self.ignore_index,
+            blocks=blocks,
+            dtype=NATIVE_DTYPES[logits.dtype],
+            gradient=gradient,
+            add=add,
+        )
+
+
+masked_lm_loss_fwd_cuda = partial(padded.masked_lm_loss_fwd, _CudaCrossEntropy)
+masked_lm_predictions_cuda = partial(padded.masked_lm_predictions, _CudaCrossEntropy)

@@ -20,7 +20,7 @@ triton_fwd, triton_predictions = (
 
 TABLE = {
     "cpu": {"reference": reference.masked_lm_loss_fwd, "native": native.masked_lm_loss_fwd, "triton": triton_fwd},
-    "cuda": {"reference": reference.masked_lm_loss_fwd, "triton": triton_fwd},
+    "cuda": {"reference": reference.masked_lm_loss_fwd, "native": native.masked_lm_loss_fwd_cuda, "triton": triton_fwd},
 }
 PREDICTIONS = {
     "cpu": {
@@ -28,7 +28,11 @@ PREDICTIONS = {
         "native": native.masked_lm_predictions,
         "triton": triton_predictions,
     },
-    "cuda": {"reference": reference.masked_lm_predictions, "triton": triton_predictions},
+    "cuda": {
+        "reference": reference.masked_lm_predictions,
+        "native": native.masked_lm_predictions_cuda,
+        "triton": triton_predictions,
+    },
 }
 
 
@@ -123,8 +127,8 @@ def masked_lm_loss(
         hidden   [R, C]  the matrix products run in its dtype, autocast or not
         weight   [V, C]  hidden's dtype or float32; its gradient is summed in float32
         bias     [V]     hidden's dtype or float32; -inf takes a word (a padded row of weight) out: no probability, no gradient
-        labels   [R]     int64, in [0, V) or ignore_index; another value is a ValueError on the CPU. On a GPU nobody waits to look: triton
-                         makes the loss and the row's gradient NaN, reference stops with torch's device-side assertion
+        labels   [R]     int64, in [0, V) or ignore_index; another value is a ValueError on the CPU. On a GPU nobody waits to look: native
+                         and triton make the loss and the row's gradient NaN, reference stops with torch's device-side assertion
         returns  []      float32 (float64 for float64)
 
     Rows with ignore_index are not read and get zero gradients. Without any other row the loss is 0, where F.cross_entropy gives
