@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from stackbert_kernels import ops
 from stackbert_kernels.ops import _triton
-from stackbert_kernels.ops.masked_lm_loss import chunks, native
+from stackbert_kernels.ops.masked_lm_loss import chunks, native, padded
 from stackbert_kernels.ops.masked_lm_loss.op import _masked_lm_loss_fwd, _masked_lm_predictions
 
 IMPLEMENTATIONS = ["reference", "native", "triton"]
@@ -119,7 +119,7 @@ def test_chunk_borders_do_not_show(budget, impl, monkeypatch):
     exact = torchs(*doubles(x), dloss.double())
     monkeypatch.setattr(chunks, "LOGITS_BYTES", budget)
     if impl == "triton":
-        monkeypatch.setattr(triton_kernel(), "_logits_bytes", lambda *_: budget)
+        monkeypatch.setattr(padded, "_logits_bytes", lambda *_: budget)
     for actual, e in zip(ours(*x, dloss, impl), exact, strict=True):
         torch.testing.assert_close(actual.double(), e, rtol=1e-5, atol=1e-6)
 
@@ -377,8 +377,7 @@ def test_triton_needs_less_than_256_mb(dtype, weight_dtype, vocabulary, learns, 
 @pytest.mark.parametrize("vocabulary", [30528, 30522, 50265])
 def test_cuda(impl, weight_dtype, vocabulary, monkeypatch):
     """Several chunks, with what only a GPU has: bfloat16 that rounds, sums of products in float32."""
-    if impl == "triton":
-        monkeypatch.setattr(triton_kernel(), "_logits_bytes", lambda *_: 12_000_000)
+    monkeypatch.setattr(padded, "_logits_bytes", lambda *_: 12_000_000)
     x, dloss = inputs(Case(500, 64, vocabulary, ignored=0.1), torch.bfloat16, weight_dtype), torch.tensor(1.7)
     x = Inputs(*(t.detach().cuda().requires_grad_() for t in x[:3]), x.labels.cuda())
     got, exact = ours(*x, dloss.cuda(), impl), torchs(*doubles(x), dloss.cuda().double())
@@ -392,9 +391,10 @@ def test_cuda(impl, weight_dtype, vocabulary, monkeypatch):
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no CUDA device")
-def test_cuda_memory():
-    if "triton" not in ops.available()["masked_lm_loss"]["cuda"]:
-        pytest.skip("no triton here")
+@pytest.mark.parametrize("impl", ["native", "triton"])
+def test_cuda_memory(impl):
+    if impl not in ops.available()["masked_lm_loss"]["cuda"]:
+        pytest.skip(f"no {impl} here")
     hidden = torch.randn(9830, 768, device="cuda", dtype=torch.bfloat16, requires_grad=True)
     weight = torch.randn(30528, 768, device="cuda", dtype=torch.bfloat16, requires_grad=True)
     bias = torch.zeros(30528, device="cuda", dtype=torch.bfloat16, requires_grad=True)
@@ -403,7 +403,7 @@ def test_cuda_memory():
     for _ in range(2):  # the first call also allocates what cuBLAS keeps
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
-        loss = ops.masked_lm_loss(hidden, weight, bias, labels, impl="triton")
+        loss = ops.masked_lm_loss(hidden, weight, bias, labels, impl=impl)
         most = torch.cuda.max_memory_allocated() - before
         del loss
     assert most - gradients < 256e6

@@ -108,14 +108,16 @@ class _CudaCrossEntropy:
         self, logits: Tensor, rows: slice, losses: Tensor, need_dlogits: bool, need_bias: bool
     ) -> Tensor | None:
         if self.blocks is None:
-            dtype = NATIVE_DTYPES[logits.dtype]
-            sizes = {"rows": logits.shape[0], "vocabulary": logits.shape[1]}
-            self.blocks = library.ask("cross_entropy_blocks_cuda", logits, **sizes, dtype=dtype) if need_dlogits else 0
+            self.blocks = self.rows_of_sums(logits, logits.shape[1]) if need_dlogits else 0
         first = self.sums is None
         if first and need_bias and self.blocks:
             self.sums = logits.new_empty(self.blocks, logits.shape[1], dtype=torch.float32)
         self._launch(logits, rows, losses, None, need_dlogits, self.blocks, add=not first)
         return logits.sum(0, dtype=torch.float32) if need_bias and self.sums is None else None
+
+    def rows_of_sums(self, x: Tensor, vocabulary: int) -> int:
+        dtype = NATIVE_DTYPES[x.dtype]
+        return library.ask("cross_entropy_blocks_cuda", x, rows=len(x), vocabulary=vocabulary, dtype=dtype)
 
     def dbias(self) -> Tensor | None:
         return None if self.sums is None else self.sums.sum(0)

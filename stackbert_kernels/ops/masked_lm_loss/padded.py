@@ -13,8 +13,10 @@ from torch import Tensor
 
 from stackbert_kernels.ops.masked_lm_loss import chunks
 
-LOGITS_BYTES = 128 << 20  # of a chunk: each chunk more reads and writes the float32 gradient of weight once more
-PADDED_LOGITS_BYTES = 64 << 20  # where a padded copy of weight takes the place of the rest
+# Bytes. A call keeps below 256 MB beyond its inputs and gradients: what is left of MEMORY goes to the logits of a chunk, as each chunk
+# more reads and writes the float32 sums of the gradients of weight and bias once more.
+MEMORY = 253_000_000
+LEAST_LOGITS = 64 << 20
 ROWS_MULTIPLE = 128  # of a chunk: whole tiles of a matrix product
 WORDS_MULTIPLE = (
     64  # a vocabulary that is no multiple of 16 is padded to one of this: rows of logits that begin on 16 bytes
@@ -30,6 +32,9 @@ class CrossEntropy(Protocol):
         self, logits: Tensor, rows: slice, losses: Tensor, need_dlogits: bool, need_bias: bool
     ) -> Tensor | None:
         """As chunks.forward wants it."""
+
+    def rows_of_sums(self, hidden: Tensor, vocabulary: int) -> int:
+        """How many rows of column sums are kept until the end, at most."""
 
     def dbias(self) -> Tensor | None:
         """The column sums of all chunks that the calls did not return; None if there are none such."""
@@ -49,6 +54,16 @@ def _padded(weight: Tensor, bias: Tensor, dtype: torch.dtype) -> tuple[Tensor, T
     return matrix, shifts
 
 
+def _logits_bytes(hidden: Tensor, weight: Tensor, matrix: Tensor, need_weight: bool, rows_of_sums: int) -> int:
+    """Of a chunk. hidden is a copy (without what ignored rows hold), matrix may be one."""
+    left = MEMORY - hidden.nbytes
+    if matrix is not weight:
+        left -= matrix.nbytes
+    if need_weight and weight.dtype != torch.float32:
+        left -= 4 * matrix.numel()
+    return max(left - 4 * matrix.shape[0] * rows_of_sums, LEAST_LOGITS)
+
+
 def masked_lm_loss_fwd(
     implementation: type[CrossEntropy],
     hidden: Tensor,
@@ -63,8 +78,8 @@ def masked_lm_loss_fwd(
     words = weight.shape[0]
     hidden, _, count = chunks.without_ignored(hidden, labels, words, ignore_index)
     matrix, shifts = _padded(weight, bias, hidden.dtype)
-    only_padded = matrix is not weight and weight.dtype == hidden.dtype
     cross_entropy = implementation(labels.contiguous(), words, ignore_index, count)
+    rows_of_sums = cross_entropy.rows_of_sums(hidden, matrix.shape[0]) if need_bias else 0
     loss, dhidden, dweight, dbias = chunks.forward(
         hidden,
         matrix,
@@ -74,7 +89,7 @@ def masked_lm_loss_fwd(
         need_weight,
         need_bias,
         cross_entropy,
-        PADDED_LOGITS_BYTES if only_padded else LOGITS_BYTES,
+        _logits_bytes(hidden, weight, matrix, need_weight, rows_of_sums),
         ROWS_MULTIPLE,
     )
     kept = cross_entropy.dbias()
@@ -92,6 +107,6 @@ def masked_lm_predictions(
     cross_entropy = implementation(labels.contiguous(), words, ignore_index, count)
     with torch.autocast(hidden.device.type, enabled=False):
         matrix, shifts = _padded(weight, bias, hidden.dtype)
-        for rows, logits in chunks.logits_by_chunk(hidden, matrix, shifts, PADDED_LOGITS_BYTES, ROWS_MULTIPLE):
+        for rows, logits in chunks.logits_by_chunk(hidden, matrix, shifts, LEAST_LOGITS, ROWS_MULTIPLE):
             cross_entropy.predictions(logits, rows, losses[rows], correct[rows])
     return losses.sum(dtype=torch.float64), correct.sum(), valid.sum()

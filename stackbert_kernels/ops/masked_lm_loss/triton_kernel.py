@@ -7,6 +7,7 @@ label that is no word and not ignored makes its row's loss and gradient NaN; not
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import triton
@@ -16,20 +17,11 @@ from torch import Tensor
 from stackbert_kernels.ops import _triton
 from stackbert_kernels.ops._triton_column_sums import column_sums
 from stackbert_kernels.ops._triton_column_sums import compilation as column_sums_compilation
-from stackbert_kernels.ops.masked_lm_loss import chunks
+from stackbert_kernels.ops.masked_lm_loss import padded
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
 LOWEST = tl.constexpr(-1e30)  # where a maximum starts: -inf would give inf - inf
-
-# Bytes. A call keeps below 256 MB beyond its inputs and gradients: what is left of MEMORY goes to the logits of a chunk, as each chunk
-# more reads and writes the float32 sums of the gradients of weight and bias once more.
-MEMORY = 253_000_000
-LEAST_LOGITS = 64 << 20
-ROWS_MULTIPLE = 128  # of a chunk: whole tiles of a matrix product
-WORDS_MULTIPLE = (
-    64  # a vocabulary that is no multiple of 16 is padded to one of this: rows of logits that begin on 16 bytes
-)
 
 
 @triton.jit
@@ -211,7 +203,7 @@ class _CrossEntropy:
     """What the chunks of a call have in common."""
 
     def __init__(self, labels: Tensor, words: int, ignore_index: int, count: Tensor):
-        self.labels, self.words, self.ignore_index, self.count = labels.contiguous(), words, ignore_index, count
+        self.labels, self.words, self.ignore_index, self.count = labels, words, ignore_index, count
         self.chosen = _triton.configuration(CONFIGURATIONS, labels.device)
         self.sums: Tensor | None = None  # of the gradient over the rows that each program had, in all chunks
 
@@ -234,6 +226,15 @@ class _CrossEntropy:
             )  # fmt: skip
         return None
 
+    def rows_of_sums(self, hidden: Tensor, vocabulary: int) -> int:
+        return _triton.multiprocessors(hidden.device)
+
+    def dbias(self) -> Tensor | None:
+        return None if self.sums is None else column_sums(self.sums, torch.float32)
+
+    def predictions(self, logits: Tensor, rows: slice, losses: Tensor, correct: Tensor) -> None:
+        self.row_by_row(logits, rows, losses, correct, False)
+
     def row_by_row(
         self, logits: Tensor, rows: slice, losses: Tensor, correct: Tensor | None, need_dlogits: bool
     ) -> None:
@@ -245,73 +246,8 @@ class _CrossEntropy:
             )  # fmt: skip
 
 
-def _padded(weight: Tensor, bias: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Both in dtype, and with words of weight 0 and bias -inf behind them where the vocabulary is no multiple of 16."""
-    words, columns = weight.shape
-    if words % 16 == 0:
-        return weight.to(dtype), bias.to(dtype)
-    padded = -(-words // WORDS_MULTIPLE) * WORDS_MULTIPLE
-    matrix, shifts = weight.new_empty(padded, columns, dtype=dtype), bias.new_empty(padded, dtype=dtype)
-    matrix[:words], matrix[words:] = weight, 0
-    shifts[:words], shifts[words:] = bias, -torch.inf
-    return matrix, shifts
-
-
-def _logits_bytes(hidden: Tensor, weight: Tensor, matrix: Tensor, need_weight: bool, need_bias: bool) -> int:
-    """Of a chunk. hidden is a copy (without what ignored rows hold), matrix may be one."""
-    left = MEMORY - hidden.nbytes
-    if matrix is not weight:
-        left -= matrix.nbytes
-    if need_weight and weight.dtype != torch.float32:
-        left -= 4 * matrix.numel()
-    if need_bias:
-        left -= 4 * matrix.shape[0] * _triton.multiprocessors(hidden.device)
-    return max(left, LEAST_LOGITS)
-
-
-def masked_lm_loss_fwd(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    labels: Tensor,
-    ignore_index: int,
-    need_hidden: bool,
-    need_weight: bool,
-    need_bias: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    words = weight.shape[0]
-    hidden, _, count = chunks.without_ignored(hidden, labels, words, ignore_index)
-    matrix, shifts = _padded(weight, bias, hidden.dtype)
-    cross_entropy = _CrossEntropy(labels, words, ignore_index, count)
-    loss, dhidden, dweight, dbias = chunks.forward(
-        hidden,
-        matrix,
-        shifts,
-        count,
-        need_hidden,
-        need_weight,
-        need_bias,
-        cross_entropy,
-        _logits_bytes(hidden, weight, matrix, need_weight, need_bias),
-        ROWS_MULTIPLE,
-    )
-    if cross_entropy.sums is not None:
-        dbias = column_sums(cross_entropy.sums, torch.float32)
-    return loss, dhidden, dweight[:words].to(weight.dtype), dbias[:words].to(bias.dtype)
-
-
-def masked_lm_predictions(
-    hidden: Tensor, weight: Tensor, bias: Tensor, labels: Tensor, ignore_index: int
-) -> tuple[Tensor, Tensor, Tensor]:
-    words = weight.shape[0]
-    hidden, valid, count = chunks.without_ignored(hidden, labels, words, ignore_index)
-    losses, correct = hidden.new_empty(labels.shape, dtype=torch.float32), torch.empty_like(valid)
-    cross_entropy = _CrossEntropy(labels, words, ignore_index, count)
-    with torch.autocast(hidden.device.type, enabled=False):
-        matrix, shifts = _padded(weight, bias, hidden.dtype)
-        for rows, logits in chunks.logits_by_chunk(hidden, matrix, shifts, LEAST_LOGITS, ROWS_MULTIPLE):
-            cross_entropy.row_by_row(logits, rows, losses[rows], correct[rows], False)
-    return losses.sum(dtype=torch.float64), correct.sum(), valid.sum()
+masked_lm_loss_fwd = partial(padded.masked_lm_loss_fwd, _CrossEntropy)
+masked_lm_predictions = partial(padded.masked_lm_predictions, _CrossEntropy)
 
 
 def compilations(arch: int) -> list[_triton.Compilation]:
