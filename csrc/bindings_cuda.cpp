@@ -1,6 +1,8 @@
 // Python's door to the CUDA kernels. csrc/simt makes a module of its own of this file, in which they run on the host.
 #include <pybind11/stl.h>
 
+#include <array>
+
 #include "bindings.h"
 
 #ifdef STACKBERT_SIMT
@@ -61,6 +63,30 @@ Attention attention_cuda_arguments(const Rows& q, const Rows& k, const Rows& v, 
           0};
 }
 
+using Triple = std::array<Address, kTables>;
+
+// Indices lie on the device, where nothing checks them but the kernels.
+EmbeddingInputs embedding_cuda_inputs(const Triple& ids, const Triple& tables,
+                                      const std::array<int64_t, kTables>& table_rows, int64_t tokens, int64_t columns,
+                                      int table_dtype, int dtype, Address rng, uint32_t site, int threshold) {
+  const char* op = "embedding_layer_norm";
+  check_sizes(op, {tokens, table_rows[0], table_rows[1], table_rows[2]});
+  check_columns(op, columns, cuda::kMaxEmbeddingColumns);
+  check_threshold(op, threshold);
+  if (threshold > 0) check_addresses(op, {rng});
+  EmbeddingInputs in;
+  for (int i = 0; i < kTables; ++i) {
+    if (tokens > 0) check_addresses(op, {ids[i], tables[i]});
+    in.ids[i] = pointer<const int64_t>(ids[i]);
+    in.tables[i] = pointer(tables[i]);
+    in.table_rows[i] = table_rows[i];
+  }
+  in.tokens = tokens, in.columns = columns;
+  in.table_dtype = cuda_dtype(op, table_dtype), in.dtype = cuda_dtype(op, dtype);
+  in.rng = pointer<const int64_t>(rng), in.site = site, in.threshold = threshold;
+  return in;
+}
+
 bool nothing_to_do(const Attention& a) { return a.sequences == 0 || a.heads == 0 || a.max_seqlen == 0; }
 
 }  // namespace
@@ -70,6 +96,11 @@ bool nothing_to_do(const Attention& a) { return a.sequences == 0 || a.heads == 0
       py::arg("packed"), py::arg("tokens"), py::arg("sequences"), py::arg("max_seqlen"), py::arg("heads"),            \
       py::arg("head_dim"), py::arg("dtype"), py::arg("scale"), py::arg("rng"), py::arg("site"), py::arg("threshold"), \
       py::arg("device"), py::arg("stream"), py::call_guard<py::gil_scoped_release>()
+
+#define EMBEDDING_ARGUMENTS                                                                            \
+  py::arg("ids"), py::arg("tables"), py::arg("table_rows"), py::arg("tokens"), py::arg("columns"),     \
+      py::arg("table_dtype"), py::arg("dtype"), py::arg("rng"), py::arg("site"), py::arg("threshold"), \
+      py::arg("weight")
 
 void bind_cuda(py::module_& m) {
   m.def(
@@ -315,6 +346,70 @@ void bind_cuda(py::module_& m) {
       py::arg("rows"), py::arg("vocabulary"), py::arg("words"), py::arg("ignore_index"), py::arg("blocks"),
       py::arg("dtype"), py::arg("gradient"), py::arg("add"), py::arg("device"), py::arg("stream"),
       py::call_guard<py::gil_scoped_release>());
+
+  m.def("embedding_rows_bwd_workspace_cuda", &cuda::embedding_rows_bwd_workspace, py::arg("tokens"), py::arg("columns"),
+        py::arg("device"), "Floats of workspace for embedding_rows_bwd_cuda.");
+  m.def(
+      "embedding_parts_cuda",
+      [](int64_t tokens, int64_t columns, int) { return cuda::embedding_parts(tokens, columns); }, py::arg("tokens"),
+      py::arg("columns"), py::arg("device"), "Floats of workspace for embedding_sums_cuda.");
+  m.def(
+      "embedding_fwd_cuda",
+      [](const Triple& ids, const Triple& tables, const std::array<int64_t, kTables>& table_rows, int64_t tokens,
+         int64_t columns, int table_dtype, int dtype, Address rng, uint32_t site, int threshold, Address weight,
+         Address bias, Address y, Address mean, Address rstd, float eps, int device, Address stream) {
+        const EmbeddingInputs in =
+            embedding_cuda_inputs(ids, tables, table_rows, tokens, columns, table_dtype, dtype, rng, site, threshold);
+        if (tokens == 0) return;
+        check_addresses("embedding_layer_norm", {weight, bias, y});
+        if ((mean == 0) != (rstd == 0)) throw std::invalid_argument("embedding_layer_norm: mean and rstd go together");
+        cuda::embedding_fwd({in, pointer<const float>(weight), pointer<const float>(bias), eps, pointer(y),
+                             pointer<float>(mean), pointer<float>(rstd), nullptr, 0},
+                            device, pointer(stream));
+      },
+      EMBEDDING_ARGUMENTS, py::arg("bias"), py::arg("y"), py::arg("mean"), py::arg("rstd"), py::arg("eps"),
+      py::arg("device"), py::arg("stream"), py::call_guard<py::gil_scoped_release>());
+  m.def(
+      "embedding_rows_bwd_cuda",
+      [](const Triple& ids, const Triple& tables, const std::array<int64_t, kTables>& table_rows, int64_t tokens,
+         int64_t columns, int table_dtype, int dtype, Address rng, uint32_t site, int threshold, Address weight,
+         Address dy, Address mean, Address rstd, Address dz, Address dweight, Address dbias, Address workspace,
+         int device, Address stream) {
+        const EmbeddingInputs in =
+            embedding_cuda_inputs(ids, tables, table_rows, tokens, columns, table_dtype, dtype, rng, site, threshold);
+        check_addresses("embedding_layer_norm", {dweight, dbias});
+        if (tokens > 0) check_addresses("embedding_layer_norm", {dy, weight, mean, rstd, dz, workspace});
+        cuda::embedding_rows_bwd(
+            {in, pointer(dy), pointer<const float>(weight), pointer<const float>(mean), pointer<const float>(rstd),
+             pointer<float>(dz), pointer<float>(dweight), pointer<float>(dbias), pointer<float>(workspace)},
+            device, pointer(stream));
+      },
+      EMBEDDING_ARGUMENTS, py::arg("dy"), py::arg("mean"), py::arg("rstd"), py::arg("dz"), py::arg("dweight"),
+      py::arg("dbias"), py::arg("workspace"), py::arg("device"), py::arg("stream"),
+      py::call_guard<py::gil_scoped_release>());
+  m.def(
+      "embedding_sums_cuda",
+      [](const Triple& rows, const Triple& order, const std::array<bool, kTables>& narrow,
+         const std::array<int64_t, kTables>& table_rows, const Triple& dtables, int64_t tokens, int64_t columns,
+         int table_dtype, Address dz, Address parts, int device, Address stream) {
+        const char* op = "embedding_layer_norm";
+        check_sizes(op, {tokens, columns, table_rows[0], table_rows[1], table_rows[2]});
+        if (tokens == 0 || columns == 0) return;
+        check_addresses(op, {dz, parts});
+        cuda::EmbeddingSums a;
+        for (int i = 0; i < kTables; ++i) {
+          check_addresses(op, {rows[i], order[i]});
+          if (table_rows[i] > 0) check_addresses(op, {dtables[i]});
+          a.rows[i] = pointer(rows[i]), a.order[i] = pointer<const int64_t>(order[i]), a.narrow[i] = narrow[i];
+          a.table_rows[i] = table_rows[i], a.dtables[i] = pointer(dtables[i]);
+        }
+        a.table_dtype = cuda_dtype(op, table_dtype), a.tokens = tokens, a.columns = columns;
+        a.pieces = embedding_pieces(tokens), a.dz = pointer<const float>(dz), a.parts = pointer<float>(parts);
+        cuda::embedding_sums(a, device, pointer(stream));
+      },
+      py::arg("rows"), py::arg("order"), py::arg("narrow"), py::arg("table_rows"), py::arg("dtables"),
+      py::arg("tokens"), py::arg("columns"), py::arg("table_dtype"), py::arg("dz"), py::arg("parts"), py::arg("device"),
+      py::arg("stream"), py::call_guard<py::gil_scoped_release>());
 }
 
 }  // namespace stackbert

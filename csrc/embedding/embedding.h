@@ -70,6 +70,48 @@ static inline int64_t embedding_workspace(int64_t tokens, int64_t columns) {
   return 2 * kTables * embedding_pieces(tokens) * padded(columns) + row_workspace(tokens, columns, 3);
 }
 
+// On a GPU: up to kMaxEmbeddingColumns columns, float16 too, `threads` unused, forward without a workspace, and the
+// host does not look at indices: one out of range is not read, makes its token's row of y and of dz NaN, and gives its
+// table no gradient. Backward is two calls, between which tokens are sorted.
+namespace cuda {
+constexpr int64_t kMaxEmbeddingColumns = 4096;
+
+struct EmbeddingRowsBwd {
+  EmbeddingInputs in;
+  const void* dy;       // [T, C] dtype
+  const float* weight;  // [C]
+  const float* mean;    // [T]
+  const float* rstd;    // [T]
+  float* dz;            // [T, C] the gradient of z
+  float* dweight;       // [C]
+  float* dbias;         // [C]
+  float* workspace;     // embedding_rows_bwd_workspace
+};
+
+// The gradients of the tables. Each begins as zeros.
+struct EmbeddingSums {
+  const void* rows[kTables];      // [T] sorted: what tokens read; below 0 or from table_rows on: out of range
+  const int64_t* order[kTables];  // [T] which token stands there
+  bool narrow[kTables];           // whether `rows` is int16, else int32
+  int64_t table_rows[kTables];
+  void* dtables[kTables];  // [rows, C] table_dtype
+  DType table_dtype;
+  int64_t tokens, columns, pieces;  // embedding_pieces(T)
+  const float* dz;                  // [T, C]
+  float* parts;                     // embedding_parts(T, C): scratch
+};
+
+// Floats.
+static inline int64_t embedding_parts(int64_t tokens, int64_t columns) {
+  return 2 * kTables * embedding_pieces(tokens) * columns;
+}
+int64_t embedding_rows_bwd_workspace(int64_t tokens, int64_t columns, int device);
+
+void embedding_fwd(const EmbeddingFwd& a, int device, void* stream);
+void embedding_rows_bwd(const EmbeddingRowsBwd& a, int device, void* stream);
+void embedding_sums(const EmbeddingSums& a, int device, void* stream);
+}  // namespace cuda
+
 STACKBERT_CPU_KERNEL(embedding_fwd, EmbeddingFwd)
 STACKBERT_CPU_KERNEL(embedding_bwd, EmbeddingBwd)
 

@@ -31,6 +31,7 @@ COLUMNS = "common/columns.cuh"
 GELU = "gelu/gelu_cuda.cu"
 DROPOUT = "dropout/dropout_cuda.cu"
 DROPOUT_ADD = "layer_norm/dropout_add_cuda.cu"
+EMBEDDING = "embedding/embedding_cuda.cu"
 LOSS = "masked_lm_loss/masked_lm_loss_cuda.cu"
 DUPLICATE = "duplicate_layers/duplicate_layers_cuda.cu"
 OPTIMIZER = "optimizer/optimizer_cuda.cu"
@@ -134,6 +135,19 @@ MUTANTS = [
     Mutant(LOSS, "sums relative to different maxima", "warp_sum(p.total * Exponent<T>::ratio(p.top, top))", "warp_sum(p.total)",
            "test_masked_lm_loss_cuda.py"),
     Mutant(LOSS, "an equal word ahead of itself", "c + i < label", "c + i <= label", "test_masked_lm_loss_cuda.py"),
+    Mutant(EMBEDDING, "an index past the table", "rows[i] < a.table_rows[i]", "rows[i] <= a.table_rows[i]", "test_embedding_cuda.py"),
+    Mutant(EMBEDDING, "a row past the table gets a gradient", "row < a.table_rows[table]", "row <= a.table_rows[table]", "test_embedding_cuda.py"),
+    Mutant(EMBEDDING, "a gradient without the mask", "if (a.in.threshold > 0) dy[e] *= kept >> i & 1 ? scale : 0.f;", "", "test_embedding_cuda.py"),
+    Mutant(EMBEDDING, "two sums in one scratch", "block_sum<R::kWarps>(of_gn, scratch + R::kWarps)",
+           "block_sum<R::kWarps>(of_gn, scratch)", "test_embedding_cuda.py"),
+    Mutant(EMBEDDING, "a head taken for a whole row", "if (in_head || goes_on)", "if (goes_on)", "test_embedding_cuda.py", quick=True),
+    Mutant(EMBEDDING, "a tail taken for a head", "store(p.part(p.piece, !in_head))", "store(p.part(p.piece, false))", "test_embedding_cuda.py"),
+    Mutant(EMBEDDING, "a row that never begins", "total[i] = begins ? x[i] : total[i] + x[i]", "total[i] += x[i]", "test_embedding_cuda.py"),
+    Mutant(EMBEDDING, "a row joined by every piece that it crosses", "(p.from_before() && p.row(p.first) == row) || ", "", "test_embedding_cuda.py"),
+    Mutant(EMBEDDING, "heads joined without a barrier", "Vector::from_floats(total).raw);\n  ptx::block_sync();",
+           "Vector::from_floats(total).raw);", "test_embedding_cuda.py"),
+    Mutant(EMBEDDING, "heads beyond the first turn forgotten", "more = goes_on[kAhead - 1];", "more = false;", "test_embedding_cuda.py"),
+    Mutant(EMBEDDING, "padding in the variance", "if (R::column(v) < a.in.columns)\n#pragma unroll", "#pragma unroll", "test_embedding_cuda.py"),
 ]  # fmt: skip
 
 

@@ -1,9 +1,14 @@
-"""embedding_layer_norm by csrc/embedding. T tokens, C columns."""
+"""embedding_layer_norm by csrc/embedding. T tokens, C columns. `run` is where it runs: _cpu or _cuda."""
+
+from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
 
+from stackbert_kernels.ops import _library as library
 from stackbert_kernels.ops._library import _C, NATIVE_DTYPES, as_float32, empty, empty_like
+from stackbert_kernels.ops.embedding.order import sorted_by_row
 
 
 def _dense(*tensors: Tensor) -> list[Tensor]:
@@ -20,16 +25,25 @@ def _inputs(indices: list[Tensor], tables: list[Tensor], dtype: torch.dtype) -> 
         "columns": tables[0].shape[1],
         "table_dtype": NATIVE_DTYPES[tables[0].dtype],
         "dtype": NATIVE_DTYPES[dtype],
-        "threads": torch.get_num_threads(),
     }
 
 
-def _held(dtype: torch.dtype) -> torch.dtype:
-    """float16 goes by float32."""
-    return dtype if dtype in (torch.float32, torch.bfloat16) else torch.float32
+def _cpu(function: str, x: Tensor, /, **arguments) -> None:
+    getattr(_C, function)(**arguments, threads=torch.get_num_threads())
+
+
+def _cuda(function: str, x: Tensor, /, **arguments) -> None:
+    library.launch(f"{function}_cuda", x, **arguments)
+
+
+def _held(run: Callable, dtype: torch.dtype) -> torch.dtype:
+    """What the kernels write; other dtypes go by float32."""
+    taken = (torch.float32, torch.bfloat16, torch.float16) if run is _cuda else (torch.float32, torch.bfloat16)
+    return dtype if dtype in taken else torch.float32
 
 
 def _forward(
+    run: Callable,
     ids: Tensor,
     positions: Tensor,
     token_types: Tensor,
@@ -48,17 +62,23 @@ def _forward(
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     indices, tables = _dense(ids, positions, token_types), _dense(word, position, token_type)
     weight, bias = as_float32(weight), as_float32(bias)
-    y = empty((len(ids), word.shape[1]), _held(dtype))
-    workspace = weight.new_empty(_C.row_workspace(*y.shape, 0))
+    shape, held, scratch = (len(ids), word.shape[1]), _held(run, dtype), {}
+    if run is _cpu:
+        y, workspace = empty(shape, held), weight.new_empty(_C.row_workspace(*shape, 0))
+        scratch["workspace"] = workspace.data_ptr()
+    else:
+        y = word.new_empty(shape, dtype=held)
     mean, rstd = (weight.new_empty(len(ids)), weight.new_empty(len(ids))) if statistics else (None, None)
-    _C.embedding_fwd(
+    run(
+        "embedding_fwd",
+        y,
         **_inputs(indices, tables, y.dtype),
+        **scratch,
         weight=weight.data_ptr(),
         bias=bias.data_ptr(),
         y=y.data_ptr(),
         mean=0 if mean is None else mean.data_ptr(),
         rstd=0 if rstd is None else rstd.data_ptr(),
-        workspace=workspace.data_ptr(),
         rng=rng.data_ptr(),
         site=site,
         threshold=threshold,
@@ -67,12 +87,17 @@ def _forward(
     return y.to(dtype), mean, rstd
 
 
-def embedding_layer_norm_fwd(*arguments) -> tuple[Tensor, Tensor, Tensor]:
-    return _forward(*arguments, statistics=True)
+def _fwd(run: Callable, *arguments) -> tuple[Tensor, Tensor, Tensor]:
+    return _forward(run, *arguments, statistics=True)
 
 
-def embedding_layer_norm_forward_only(*arguments) -> Tensor:
-    return _forward(*arguments, statistics=False)[0]
+def _forward_only(run: Callable, *arguments) -> Tensor:
+    return _forward(run, *arguments, statistics=False)[0]
+
+
+embedding_layer_norm_fwd, embedding_layer_norm_fwd_cuda = partial(_fwd, _cpu), partial(_fwd, _cuda)
+embedding_layer_norm_forward_only = partial(_forward_only, _cpu)
+embedding_layer_norm_forward_only_cuda = partial(_forward_only, _cuda)
 
 
 def embedding_layer_norm_bwd(
@@ -92,7 +117,7 @@ def embedding_layer_norm_bwd(
     threshold: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     indices, tables = _dense(ids, positions, token_types), _dense(word, position, token_type)
-    dy, factor = dy.to(_held(dy.dtype)).contiguous(), as_float32(weight)
+    dy, factor = dy.to(_held(_cpu, dy.dtype)).contiguous(), as_float32(weight)
     dtables = [empty_like(t) for t in tables]
     dweight, dbias = torch.empty_like(factor), torch.empty_like(factor)
     dz = empty(dy.shape, torch.float32)
@@ -100,6 +125,7 @@ def embedding_layer_norm_bwd(
     workspace = factor.new_empty(_C.embedding_workspace(*dy.shape))
     _C.embedding_bwd(
         **_inputs(indices, tables, dy.dtype),
+        threads=torch.get_num_threads(),
         dy=dy.data_ptr(),
         weight=factor.data_ptr(),
         mean=mean.data_ptr(),
@@ -113,5 +139,62 @@ def embedding_layer_norm_bwd(
         rng=rng.data_ptr(),
         site=site,
         threshold=threshold,
+    )
+    return *dtables, dweight.to(weight.dtype), dbias.to(bias.dtype)
+
+
+def embedding_layer_norm_bwd_cuda(
+    dy: Tensor,
+    ids: Tensor,
+    positions: Tensor,
+    token_types: Tensor,
+    word: Tensor,
+    position: Tensor,
+    token_type: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    rng: Tensor,
+    site: int,
+    threshold: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    indices, tables = _dense(ids, positions, token_types), _dense(word, position, token_type)
+    dy, factor = dy.to(_held(_cuda, dy.dtype)).contiguous(), as_float32(weight)
+    sizes = {"tokens": dy.shape[0], "columns": dy.shape[1]}
+    dweight, dbias = torch.empty_like(factor), torch.empty_like(factor)
+    dz = dy.new_empty(dy.shape, dtype=torch.float32)
+    workspace = dz.new_empty(library.ask("embedding_rows_bwd_workspace_cuda", dy, **sizes))
+    _cuda(
+        "embedding_rows_bwd",
+        dy,
+        **_inputs(indices, tables, dy.dtype),
+        dy=dy.data_ptr(),
+        weight=factor.data_ptr(),
+        mean=mean.data_ptr(),
+        rstd=rstd.data_ptr(),
+        dz=dz.data_ptr(),
+        dweight=dweight.data_ptr(),
+        dbias=dbias.data_ptr(),
+        workspace=workspace.data_ptr(),
+        rng=rng.data_ptr(),
+        site=site,
+        threshold=threshold,
+    )
+    dtables = [torch.zeros_like(t) for t in tables]
+    places = [sorted_by_row(i, len(t)) for i, t in zip(indices, tables, strict=True)]
+    parts = dz.new_empty(library.ask("embedding_parts_cuda", dy, **sizes))
+    _cuda(
+        "embedding_sums",
+        dy,
+        rows=[row.data_ptr() for row, _ in places],
+        order=[token.data_ptr() for _, token in places],
+        narrow=[row.dtype == torch.int16 for row, _ in places],
+        table_rows=[len(t) for t in tables],
+        dtables=[t.data_ptr() for t in dtables],
+        **sizes,
+        table_dtype=NATIVE_DTYPES[word.dtype],
+        dz=dz.data_ptr(),
+        parts=parts.data_ptr(),
     )
     return *dtables, dweight.to(weight.dtype), dbias.to(bias.dtype)

@@ -13,6 +13,10 @@ from stackbert_kernels.ops import _library as library
 from stackbert_kernels.ops import philox
 from stackbert_kernels.ops.embedding import native, reference
 
+CUDA_COLUMNS = (
+    4096  # EMBEDDING_COLUMNS of the compiled module, where that has CUDA: a row lies in the registers of a block
+)
+
 
 def _check(ids, positions, token_types, word, position, token_type, weight, bias, eps, dtype) -> None:
     def wrong(kind: type, name: str, wanted: str, got) -> Exception:
@@ -75,7 +79,7 @@ def _table(name: str) -> library.Table:
     plain = getattr(reference, name)
     return {
         "cpu": {"reference": plain, "native": getattr(native, name), "triton": triton},
-        "cuda": {"reference": plain, "triton": triton},
+        "cuda": {"reference": plain, "native": getattr(native, f"{name}_cuda"), "triton": triton},
     }
 
 
@@ -83,7 +87,14 @@ FORWARD = _table("embedding_layer_norm_fwd")
 FORWARD_ONLY = _table("embedding_layer_norm_forward_only")
 BACKWARD = _table("embedding_layer_norm_bwd")
 
-OP = library.Op("embedding_layer_norm", FORWARD, library.only_dtypes)
+
+def _why_not(impl: str, word: Tensor) -> str | None:
+    if impl == "native" and word.is_cuda and word.shape[1] > CUDA_COLUMNS:
+        return f"native takes rows of at most {CUDA_COLUMNS} elements on a GPU, got {word.shape[1]}"
+    return library.only_dtypes(impl, word)
+
+
+OP = library.Op("embedding_layer_norm", FORWARD, _why_not)
 
 _INPUTS = (
     "Tensor ids, Tensor positions, Tensor token_types, Tensor word, Tensor position, Tensor token_type, "

@@ -12,6 +12,7 @@ import triton
 from torch import Tensor
 
 from stackbert_kernels.ops import _triton, philox
+from stackbert_kernels.ops.embedding.order import sorted_by_row
 from stackbert_kernels.ops.embedding.reference import check_values
 from stackbert_kernels.ops.embedding.triton_rows import backward_kernel, forward_kernel
 from stackbert_kernels.ops.embedding.triton_sums import join_pieces_kernel, sum_pieces_kernel
@@ -131,9 +132,7 @@ def _sums_by_row(index: Tensor, dz: Tensor, table: Tensor, chosen: Sums) -> Tens
     """The gradient of the table: row r is the sum of dz where index is r."""
     tokens, columns = dz.shape
     rows = len(table)
-    # Few bits to sort by, and none of the indices out of range may become one inside.
-    narrow = torch.int16 if rows < torch.iinfo(torch.int16).max else torch.int32
-    row, token = torch.sort(index.clamp(-1, rows).to(narrow), stable=True)
+    row, token = sorted_by_row(index, rows)
     gradient = torch.zeros_like(table)
     pieces, constants = triton.cdiv(tokens, chosen.piece), {"C": columns, "PIECE": chosen.piece}
     parts = dz.new_empty((pieces, 2, columns))
