@@ -284,8 +284,9 @@ struct Piece {
 
 constexpr int kSumWarps = 4, kAhead = 8;  // of a block; loads that a lane has under way
 
+// Five blocks of a multiprocessor leave 96 registers; unbound, the compiler stays below 81 and spills.
 template <int kWidth>
-__global__ void __launch_bounds__(32 * kSumWarps) sum_pieces_kernel(const __grid_constant__ EmbeddingSums a) {
+__global__ void __launch_bounds__(32 * kSumWarps, 5) sum_pieces_kernel(const __grid_constant__ EmbeddingSums a) {
   using Vector = Elements<float, kWidth>;
   const Piece<kWidth> p(a, static_cast<int64_t>(blockIdx.x) * kSumWarps + ptx::warp());
   if (p.table >= kTables || !p.has_column()) return;
