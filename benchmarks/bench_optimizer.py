@@ -1,10 +1,12 @@
 """adamw_: a step over all parameters of BERT. The layers are one bank [L, P]; peers get them as the tensors that a model has.
 
 L layers, C hidden size, V words. Parameters, gradients and moments are float32; with copies=bf16 the step writes the new weights in
-bfloat16, too.
+bfloat16, too. global_norm: of all those gradients.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -197,4 +199,37 @@ ADAMW = Bench(
     test="python_tests/ops/test_optimizer.py",
 )
 
-BENCHES = (ADAMW,)
+
+def norm_cases(device: str, quick: bool) -> list[Case]:
+    """The sizes of adamw_'s cases, once each."""
+    plain = [case for case in cases(device, quick) if case.options["copies"] == "none"]
+    return [Case(case.name, case.sizes, torch.float32, directions=(STEP,)) for case in plain]
+
+
+def gradients(case: Case, device: str) -> Inputs:
+    shapes = parameters(case).items()
+    return {f"{name}.grad": torch.randn(shape, device=device).mul_(SPREAD["grad"]) for name, (shape, _) in shapes}
+
+
+def norm_by(norm) -> Callable[..., Call]:
+    """norm(tensors) of the gradients: a tensor for the bank, as the trainer has it, and one for each other parameter."""
+
+    def make(case: Case, t: Inputs, *rest) -> Call:
+        return lambda: {"norm": norm(list(t.values()), *rest)}
+
+    return make
+
+
+GLOBAL_NORM = Bench(
+    op="global_norm",
+    folder="optimizer",
+    cases=norm_cases,
+    inputs=gradients,
+    ours=norm_by(lambda tensors, impl: ops.global_norm(tensors, impl=impl)),
+    peers=(Peer("torch", norm_by(torch.nn.utils.get_total_norm)),),
+    bytes_moved=lambda case, direction: 4 * elements(case),
+    flops=lambda case, direction: 0,
+    test="python_tests/ops/test_optimizer.py",
+)
+
+BENCHES = (ADAMW, GLOBAL_NORM)

@@ -407,6 +407,24 @@ PYBIND11_MODULE(_C, m) {
       py::call_guard<py::gil_scoped_release>());
 
   m.def(
+      "global_norm",
+      [](const std::vector<std::tuple<Address, int64_t>>& tensors, Address norm, int threads, const std::string& isa) {
+        std::vector<NormTensor> list;
+        int64_t blocks = 0;
+        for (const auto& [elements, size] : tensors) {
+          check_sizes("global_norm", {size});
+          if (size > 0) check_addresses("global_norm", {elements});
+          list.push_back({pointer<const float>(elements), size});
+          blocks += norm_blocks(size);
+        }
+        check_addresses("global_norm", {norm});
+        std::vector<double> partials(static_cast<size_t>(blocks));
+        global_norm({list.data(), static_cast<int64_t>(list.size()), partials.data(), pointer<float>(norm), threads},
+                    isa_named(isa));
+      },
+      py::arg("tensors"), py::arg("norm"), py::arg("threads"), py::arg("isa") = "best",
+      py::call_guard<py::gil_scoped_release>());
+  m.def(
       "adamw",
       [](const std::vector<Region>& regions, double lr, double beta1, double beta2, double eps, double weight_decay,
          double max_norm, Address norm, Address scale, Address found_inf, Address skipped, int threads,

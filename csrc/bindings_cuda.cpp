@@ -288,6 +288,24 @@ void bind_cuda(py::module_& m) {
       py::call_guard<py::gil_scoped_release>());
 
   m.def(
+      "global_norm_cuda",
+      [](Address table, Address lines, Address partials, Address norm, int64_t blocks, int elements, int device,
+         Address stream) {
+        check_sizes("global_norm", {blocks});
+        check_addresses("global_norm", {norm});
+        if (blocks > 0) check_addresses("global_norm", {table, lines, partials});
+        if (table % 16 != 0) throw std::invalid_argument("global_norm: table must begin on 16 bytes");
+        if (elements != cuda::kNormElements)
+          throw std::invalid_argument("global_norm: the table must be made for " + std::to_string(cuda::kNormElements) +
+                                      " elements a block, got " + std::to_string(elements));
+        cuda::global_norm({pointer<const cuda::NormLine>(table), pointer<const int32_t>(lines),
+                           pointer<float>(partials), pointer<float>(norm), blocks},
+                          device, pointer(stream));
+      },
+      py::arg("table"), py::arg("lines"), py::arg("partials"), py::arg("norm"), py::arg("blocks"), py::arg("elements"),
+      py::arg("device"), py::arg("stream"), py::call_guard<py::gil_scoped_release>());
+
+  m.def(
       "adamw_cuda",
       [](Address table, Address lines, Address factors, int64_t rows, int64_t blocks, int elements, double lr,
          double beta1, double beta2, double eps, double weight_decay, double max_norm, Address norm, Address scale,

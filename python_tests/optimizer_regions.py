@@ -1,4 +1,4 @@
-"""Tensors for a step of AdamW, and how far float32 may be off, counted from the formula."""
+"""Tensors for a step of AdamW and for a norm, and how far float32 may be off, counted from the formula."""
 
 from __future__ import annotations
 
@@ -88,3 +88,18 @@ def same(a: Regions, b: Regions) -> bool:
     """Bit for bit, NaN included."""
     pairs = zip(a.tensors(), b.tensors(), strict=True)
     return all(torch.equal(x.contiguous().view(torch.int32), y.contiguous().view(torch.int32)) for x, y in pairs)
+
+
+def norm_tensors(block: int) -> list[Tensor]:
+    """Whole blocks, ends, an address of its own, a scalar, nothing; of magnitudes from 1e-15, whose square is still normal, to 1e15."""
+    sizes = [(3, block), (2, block + 37), (5,), (), (0, 7)]
+    tensors = [torch.randn(s) * 10.0 ** torch.randint(-15, 3, s) for s in sizes] + [torch.randn(2 * block + 1)[1:]]
+    tensors[2] *= 1e15
+    return tensors
+
+
+def assert_norm(norm: Tensor, tensors: list[Tensor]) -> None:
+    """A square and at most 136 sums in float32 stand behind each term, and a root halves what they are off; then it rounds."""
+    exact = torch.cat([t.double().flatten() for t in tensors]).norm()
+    assert norm.dtype == torch.float32 and norm.shape == ()
+    assert abs(norm.double() - exact) <= 70 * U * exact, f"{norm} is not {exact}"

@@ -149,7 +149,17 @@ def cases() -> dict[str, tuple[list, Callable]]:
         # In place on a copy; its gradient is that of the copy, by torch.
         "duplicate_layers_": ([normal(6, 50)], lambda bank, impl: _duplicated(bank, impl)),
         "adamw_": ([x, residual], lambda weights, grads, impl: _stepped(weights, grads, impl)),
+        "global_norm": ([x, residual], lambda *t, impl: _norm(t, impl)),
     }  # fmt: skip
+
+
+def _norm(tensors, impl: str):
+    import torch
+
+    from stackbert_kernels import ops
+
+    with torch.no_grad():
+        return ops.global_norm([t.float() if t.element_size() < 4 else t for t in tensors], impl=impl)
 
 
 def _duplicated(bank, impl: str):

@@ -42,6 +42,27 @@ struct AdamW {
 
 STACKBERT_CPU_KERNEL(adamw, AdamW)
 
+// global_norm: the square root of the sum of the squares of all elements of all tensors, deterministic: elements are
+// summed in float32 a few hundred at a time, those sums in double, in one order. Not finite where an element is not, or
+// where the squares of a few hundred sum to more than float32 holds: adamw skips its step then.
+struct NormTensor {
+  const float* elements;  // dense
+  int64_t size;
+};
+
+struct GlobalNorm {
+  const NormTensor* tensors;
+  int64_t count;
+  double* partials;  // [sum of norm_blocks(size)]
+  float* norm;       // scalar
+  int threads;
+};
+
+constexpr int64_t kNormBlock = 8192;  // elements of a task
+static inline int64_t norm_blocks(int64_t size) { return (size + kNormBlock - 1) / kNormBlock; }
+
+STACKBERT_CPU_KERNEL(global_norm, GlobalNorm)
+
 // On a GPU the regions are a table in device memory, made when addresses or sizes change, which they seldom do.
 namespace cuda {
 
@@ -75,6 +96,25 @@ struct AdamW {
 
 // Two launches: the first decides and counts, the second moves the elements. `copies` are rounded to nearest.
 void adamw(const AdamW& arguments, int device, void* stream);
+
+constexpr int kNormElements = 4096;  // of a block
+
+struct NormLine {
+  const float* elements;
+  int64_t size, first, wide;  // as in AdamWLine, of kNormElements elements
+};
+static_assert(sizeof(NormLine) == 32, "ops/optimizer/segments.py makes lines of four int64");
+
+struct GlobalNorm {
+  const NormLine* table;  // [tensors], at a multiple of 16 bytes; on the device, as all that follows
+  const int32_t* lines;   // [blocks]
+  float* partials;        // [blocks]
+  float* norm;            // scalar
+  int64_t blocks;
+};
+
+// Two launches: a sum of each block, and their sum.
+void global_norm(const GlobalNorm& arguments, int device, void* stream);
 
 }  // namespace cuda
 

@@ -45,7 +45,37 @@ void update(const AdamWRegion& a, int64_t row, int64_t begin, int64_t end, const
   });
 }
 
+// In parts short enough for float32.
+double sum_of_squares(const float* x, int64_t begin, int64_t end) {
+  constexpr int64_t kPart = 512;
+  double total = 0.0;
+  for (int64_t i = begin; i < end; i += kPart) {
+    Floats squares{};
+    for_vectors(i, i + kPart < end ? i + kPart : end, [&](int64_t c, auto part) {
+      const Floats v = load(x + c, part);
+      squares = squares + v * v;
+    });
+    total += sum(squares);
+  }
+  return total;
+}
+
 }  // namespace
+
+void global_norm(const GlobalNorm& a) {
+  int64_t tasks = 0;
+  for (int64_t i = 0; i < a.count; ++i) tasks += norm_blocks(a.tensors[i].size);
+  parallel_tasks(a.threads, tasks, [&](int64_t task) {
+    const NormTensor* tensor = a.tensors;
+    int64_t block = task;
+    for (; block >= norm_blocks(tensor->size); ++tensor) block -= norm_blocks(tensor->size);
+    const int64_t begin = block * kNormBlock, end = begin + kNormBlock;
+    a.partials[task] = sum_of_squares(tensor->elements, begin, end < tensor->size ? end : tensor->size);
+  });
+  double total = 0.0;
+  for (int64_t task = 0; task < tasks; ++task) total += a.partials[task];
+  *a.norm = static_cast<float>(__builtin_sqrt(total));
+}
 
 void adamw(const AdamW& a) {
   const float scale = a.scale ? *a.scale : 1.f, norm = (a.norm ? *a.norm : 0.f) * scale;

@@ -75,14 +75,15 @@ struct Update {
 };
 
 // Of a row, in registers: sixteen bytes a load.
-STACKBERT_DEVICE AdamWLine load_line(const AdamWLine* at) {
+template <typename Line>
+STACKBERT_DEVICE Line load_line(const Line* at) {
   struct Words {
-    ptx::Words4 v[sizeof(AdamWLine) / 16];
+    ptx::Words4 v[sizeof(Line) / 16];
   } words;
 #pragma unroll
-  for (int i = 0; i < static_cast<int>(sizeof(AdamWLine) / 16); ++i)
+  for (int i = 0; i < static_cast<int>(sizeof(Line) / 16); ++i)
     words.v[i] = ptx::load(reinterpret_cast<const ptx::Words4*>(at) + i);
-  return ptx::bits_as<AdamWLine>(words);
+  return ptx::bits_as<Line>(words);
 }
 
 template <int kWidth>
@@ -155,7 +156,56 @@ __global__ void __launch_bounds__(kThreads) adamw_kernel(const __grid_constant__
   }
 }
 
+constexpr int kNormVectors = kNormElements / (4 * kThreads);  // of a thread
+static_assert(kNormVectors * 4 * kThreads == kNormElements, "whole vectors");
+
+// The sum of squares of a block's elements.
+__global__ void __launch_bounds__(kThreads) squares_kernel(const __grid_constant__ GlobalNorm a) {
+  const auto scratch = ptx::shared_memory().as<float>();
+  const NormLine line = load_line(a.table + ptx::load(a.lines + blockIdx.x));
+  const int64_t block = static_cast<int64_t>(blockIdx.x) - line.first, first = block * kNormElements;
+  const int t = static_cast<int>(threadIdx.x);
+  float sum = 0.f;
+  if (block < line.wide) {
+    ptx::Vec<float, 4> x[kNormVectors];
+#pragma unroll
+    for (int v = 0; v < kNormVectors; ++v)
+      x[v] = ptx::load(reinterpret_cast<const ptx::Vec<float, 4>*>(line.elements + first) + v * kThreads + t);
+#pragma unroll
+    for (int v = 0; v < kNormVectors; ++v)
+#pragma unroll
+      for (int k = 0; k < 4; ++k) sum += x[v].v[k] * x[v].v[k];
+  } else {
+    const int64_t left = line.size - first;
+#pragma unroll 1
+    for (int e = t; e < kNormElements && e < left; e += kThreads) {
+      const float x = ptx::load(line.elements + first + e);
+      sum += x * x;
+    }
+  }
+  sum = block_sum<kThreads / 32>(sum, scratch);
+  if (t == 0) ptx::store(a.partials + blockIdx.x, sum);
+}
+
+constexpr int kTotalThreads = 1024;
+
+// One block: a thread has every kTotalThreads-th of the partial sums.
+__global__ void __launch_bounds__(kTotalThreads) total_kernel(const __grid_constant__ GlobalNorm a) {
+  const auto scratch = ptx::shared_memory().as<float>();
+  double own = 0.0;
+  for (int64_t i = threadIdx.x; i < a.blocks; i += kTotalThreads) own += static_cast<double>(ptx::load(a.partials + i));
+  const float sum = block_sum<kTotalThreads / 32>(static_cast<float>(own), scratch);
+  if (threadIdx.x == 0) ptx::store(a.norm, ptx::square_root(sum));
+}
+
 }  // namespace
+
+void global_norm(const GlobalNorm& a, int device, void* stream) {
+  const OnDevice on_device("global_norm", device);
+  constexpr int kFloat = static_cast<int>(sizeof(float));
+  if (a.blocks > 0) launch("global_norm", squares_kernel, a.blocks, kThreads, kThreads / 32 * kFloat, stream, a);
+  launch("global_norm", total_kernel, 1, kTotalThreads, kTotalThreads / 32 * kFloat, stream, a);
+}
 
 void adamw(const AdamW& a, int device, void* stream) {
   const OnDevice on_device("adamw_", device);

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from optimizer_regions import HYPER, Regions, assert_within, bounds, regions, same, stepped
+from optimizer_regions import HYPER, Regions, assert_norm, assert_within, bounds, norm_tensors, regions, same, stepped
 
 from stackbert_kernels import ops
 from stackbert_kernels.ops import _triton
 from stackbert_kernels.ops._library import _C
-from stackbert_kernels.ops.optimizer.op import _adamw_
+from stackbert_kernels.ops.optimizer.op import _adamw_, _global_norm
 
 IMPLS = ("reference", "native", "triton")
 ISAS = ["generic", "avx2", "avx512"]
@@ -325,6 +325,75 @@ def test_bad_input(r, options, error, message):
     assert all(torch.equal(t, old) for t, old in zip(r.tensors(), before, strict=True))
 
 
+# --- the global norm ---
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("block", [5, 4096, 8192])
+def test_global_norm(impl, block):
+    mixed = norm_tensors(block)  # the third is so large that it hides the others
+    for tensors in (
+        mixed,
+        mixed[:2],
+        mixed[3:],
+        [torch.randn(block)],
+        [torch.randn(3, block).t()],
+        [torch.zeros(4)],
+        [torch.zeros(0)],
+    ):
+        assert_norm(ops.global_norm(tensors, impl=impl), tensors)
+        clipped = [t.clone().requires_grad_() for t in tensors]
+        with torch.no_grad():
+            assert torch.equal(ops.global_norm(clipped, impl=impl), ops.global_norm(tensors, impl=impl))
+
+
+@pytest.mark.parametrize("isa", ISAS)
+def test_global_norm_on_every_instruction_set(isa):
+    if ISAS.index(isa) > ISAS.index(_C.isa()):
+        pytest.skip(f"this machine does not run {isa}")
+    tensors, norms = norm_tensors(8192), []
+    for threads in (1, 3):
+        norm = torch.tensor(torch.nan)
+        _C.global_norm([(t.data_ptr(), t.numel()) for t in tensors], norm.data_ptr(), threads=threads, isa=isa)
+        assert_norm(norm, tensors)
+        norms.append(norm)
+    assert torch.equal(*norms)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize(
+    ("value", "finite"), [(torch.inf, False), (-torch.inf, False), (torch.nan, False), (1e18, True)]
+)
+def test_global_norm_tells_what_is_not_finite(impl, value, finite):
+    """In a whole block, and at the end of a tensor."""
+    for place in (3, 8192, 8199):
+        tensors = [torch.zeros(9), torch.ones(8200)]
+        tensors[1][place] = value
+        assert torch.isfinite(ops.global_norm(tensors, impl=impl)) == finite
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_global_norm_as_an_op(impl):
+    tensors = norm_tensors(64)
+    torch.library.opcheck(_global_norm, (tensors, impl))
+    compiled = torch.compile(lambda *t: ops.global_norm(t, impl=impl) * 2, fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(*tensors), ops.global_norm(tensors, impl=impl) * 2)
+
+
+@pytest.mark.parametrize(
+    ("tensors", "error", "message"),
+    [
+        ([], ValueError, "tensors must name at least one tensor"),
+        ([torch.zeros(3, dtype=torch.int64)], TypeError, "tensors must be floating point, got torch.int64"),
+        ([torch.zeros(3), torch.zeros(3).double()], ValueError, r"tensors\[1\] must be torch.float32 on cpu .*float64"),
+        ([torch.zeros(3, requires_grad=True)], ValueError, "tensors must not require grad"),
+    ],
+)
+def test_global_norm_of_bad_input(tensors, error, message):
+    with pytest.raises(error, match=f"global_norm: {message}"):
+        ops.global_norm(tensors)
+
+
 # --- on a GPU ---
 
 gpu = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no CUDA device")]
@@ -374,3 +443,14 @@ def test_in_a_cuda_graph(impl):
     exact = stepped(start, impl)
     graph.replay()
     assert same(on_cpu(r), on_cpu(exact))
+
+
+@pytest.mark.parametrize("impl", [pytest.param(i, marks=gpu) for i in ops.available()["global_norm"]["cuda"]])
+def test_cuda_global_norm(impl):
+    tensors = norm_tensors(100_000)
+    there = [t.cuda() for t in tensors]
+    norm = ops.global_norm(there, impl=impl)
+    assert_norm(norm.cpu(), tensors)
+    assert all(torch.equal(ops.global_norm(there, impl=impl), norm) for _ in range(10))
+    there[0][1, 7] = torch.nan
+    assert ops.global_norm(there, impl=impl).isnan()

@@ -1,10 +1,10 @@
-"""The CUDA AdamW on the host: against float64, at any address, under several schedules, and what a skipped step leaves alone."""
+"""The CUDA AdamW and global norm on the host: against float64, at any address, under several schedules, and what a skipped step leaves alone."""
 
 from __future__ import annotations
 
 import pytest
 import torch
-from optimizer_regions import HYPER, Regions, assert_within, bounds, regions, same, stepped
+from optimizer_regions import HYPER, Regions, assert_norm, assert_within, bounds, norm_tensors, regions, same, stepped
 from simt.twin import SEEDS, Device
 
 from stackbert_kernels.ops.optimizer import native, segments
@@ -32,9 +32,15 @@ class Placed:
         return all(b[: part.start].isnan().all() and b[part.stop :].isnan().all() for b, part in self.buffers)
 
 
+def forget_tables() -> None:
+    """Those that an earlier device had."""
+    for kept in (segments._table, segments._lines, segments._norm_table):
+        kept.cache_clear()
+
+
 def run(twin, seed, r, shift=0, copies=False, *, skipped=None, norm=None, scale=None, found_inf=None, max_norm=0.0):
     """A step on the twin, on copies of `r`."""
-    segments._table.cache_clear(), segments._lines.cache_clear()  # tables that an earlier device had
+    forget_tables()
     scalars = {"norm": norm, "scale": scale, "found_inf": found_inf}
     scalars = {name: None if s is None else torch.tensor(s) for name, s in scalars.items()}
     numbers = [*HYPER.values(), max_norm]
@@ -108,3 +114,27 @@ def test_a_table_for_other_blocks_is_refused(twin):
     options = dict.fromkeys(("norm", "scale", "found_inf", "skipped"), 0) | HYPER | {"max_norm": 0.0}
     with pytest.raises(ValueError, match="must be made for 2048 elements a block, got 1024"):
         twin.adamw_cuda(**addresses, rows=1, blocks=1, elements=1024, **options, device=0, stream=0)
+
+
+def norm_on(twin, seed, tensors):
+    forget_tables()
+    with Device(twin, seed, {str(i): t for i, t in enumerate(tensors)}):
+        return native.global_norm_cuda(tensors)
+
+
+@pytest.mark.parametrize("block", [7, native.NORM_BLOCK])
+def test_global_norm(twin, block):
+    tensors = norm_tensors(block)
+    norms = [norm_on(twin, seed, tensors) for seed in (SEEDS if block == 7 else SEEDS[:2])]
+    assert_norm(norms[0], tensors)
+    assert all(torch.equal(norm, norms[0]) for norm in norms)
+    for part in ([tensors[0]], [tensors[4]], tensors[3:]):  # those whose squares the largest hide
+        assert_norm(norm_on(twin, 0, part), part)
+
+
+@pytest.mark.parametrize("place", [0, native.NORM_BLOCK - 1, native.NORM_BLOCK + 4])
+def test_global_norm_tells_what_is_not_finite(twin, place):
+    for value in (torch.inf, torch.nan):
+        x = torch.ones(native.NORM_BLOCK + 5)
+        x[place] = value
+        assert not norm_on(twin, 0, [torch.ones(3), x]).isfinite()

@@ -28,8 +28,9 @@ from stackbert_kernels.ops.layer_norm.op import (
 )
 from stackbert_kernels.ops.masked_lm_loss.op import OP as MASKED_LM_LOSS
 from stackbert_kernels.ops.masked_lm_loss.op import masked_lm_loss, masked_lm_predictions
+from stackbert_kernels.ops.optimizer.op import NORM as GLOBAL_NORM
 from stackbert_kernels.ops.optimizer.op import OP as ADAMW
-from stackbert_kernels.ops.optimizer.op import adamw_
+from stackbert_kernels.ops.optimizer.op import adamw_, global_norm
 from stackbert_kernels.ops.philox import new_rng
 
 OPS: tuple[Op, ...] = (
@@ -43,6 +44,7 @@ OPS: tuple[Op, ...] = (
     MASKED_LM_LOSS,
     DUPLICATE_LAYERS,
     ADAMW,
+    GLOBAL_NORM,
 )
 
 
@@ -74,6 +76,7 @@ __all__ = [
     "duplicate_layers_",
     "embedding_layer_norm",
     "explain",
+    "global_norm",
     "layer_norm",
     "masked_lm_loss",
     "masked_lm_predictions",

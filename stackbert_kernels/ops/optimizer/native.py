@@ -1,4 +1,4 @@
-"""AdamW by csrc/optimizer."""
+"""AdamW and the global norm by csrc/optimizer."""
 
 import torch
 from torch import Tensor
@@ -8,6 +8,7 @@ from stackbert_kernels.ops._library import _C
 from stackbert_kernels.ops.optimizer import segments
 
 BLOCK = 2048  # elements: kAdamWElements of csrc/optimizer/optimizer.h
+NORM_BLOCK = 4096  # kNormElements there
 
 NUMBERS = ("lr", "beta1", "beta2", "eps", "weight_decay", "max_norm")
 SCALARS = ("norm", "scale", "found_inf")
@@ -76,3 +77,28 @@ def adamw_cuda_(
         elements=BLOCK,
         **_options(scalars, numbers, skipped),
     )
+
+
+def global_norm(tensors: list[Tensor]) -> Tensor:
+    tensors, norm = [t.contiguous() for t in tensors], torch.empty((), dtype=torch.float32)
+    _C.global_norm(
+        tensors=[(t.data_ptr(), t.numel()) for t in tensors], norm=norm.data_ptr(), threads=torch.get_num_threads()
+    )
+    return norm
+
+
+def global_norm_cuda(tensors: list[Tensor]) -> Tensor:
+    tensors = [t.contiguous() for t in tensors]
+    table, lines = segments.norm_tables(tensors, NORM_BLOCK)
+    norm, partials = tensors[0].new_empty(()), tensors[0].new_empty(len(lines))
+    library.launch(
+        "global_norm_cuda",
+        tensors[0],
+        table=table.data_ptr(),
+        lines=lines.data_ptr(),
+        partials=partials.data_ptr(),
+        norm=norm.data_ptr(),
+        blocks=len(lines),
+        elements=NORM_BLOCK,
+    )
+    return norm

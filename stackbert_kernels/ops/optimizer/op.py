@@ -1,4 +1,4 @@
-"""adamw_: a step of AdamW over all parameters of a model, in place, without a wait for the device."""
+"""adamw_: a step of AdamW over all parameters of a model, in place, without a wait for the device; global_norm: of its gradients."""
 
 from __future__ import annotations
 
@@ -27,6 +27,13 @@ def _why_not(impl: str, weights: Tensor) -> str | None:
 
 
 OP = library.Op("adamw_", TABLE, _why_not)
+
+triton_norm = library.lazy("stackbert_kernels.ops.optimizer.triton_kernel", "global_norm")
+NORM_TABLE = {
+    "cpu": {"reference": reference.global_norm, "native": native.global_norm, "triton": triton_norm},
+    "cuda": {"reference": reference.global_norm, "native": native.global_norm_cuda, "triton": triton_norm},
+}
+NORM = library.Op("global_norm", NORM_TABLE, _why_not)
 
 
 def _check(weights, grads, exp_avg, exp_avg_sq, steps, copies, skipped, decay, scalars, numbers) -> None:
@@ -146,3 +153,41 @@ def adamw_(
     if torch.is_grad_enabled() and any(t.requires_grad for tensors in changed for t in tensors):
         raise ValueError("adamw_: what it changes must not require grad; or call it under torch.no_grad()")
     _adamw_(*arguments, OP.resolve(impl, weights[0]))
+
+
+def _check_norm(tensors: list[Tensor]) -> None:
+    if not tensors:
+        raise ValueError("global_norm: tensors must name at least one tensor, got none")
+    dtype, device = tensors[0].dtype, tensors[0].device
+    if not dtype.is_floating_point:
+        raise TypeError(f"global_norm: tensors must be floating point, got {dtype}")
+    for i, t in enumerate(tensors):
+        if t.dtype != dtype or t.device != device:
+            raise ValueError(
+                f"global_norm: tensors[{i}] must be {dtype} on {device} as tensors[0], got {_described(t)}"
+            )
+
+
+def _norm_fake(tensors: list[Tensor], impl: str) -> Tensor:
+    _check_norm(tensors)
+    return tensors[0].new_empty((), dtype=torch.promote_types(tensors[0].dtype, torch.float32))
+
+
+_global_norm = library.define("global_norm(Tensor[] tensors, str impl) -> Tensor", NORM_TABLE, _norm_fake)
+
+
+def global_norm(tensors: Sequence[Tensor], *, impl: str = "auto") -> Tensor:
+    """The norm of all elements of all tensors together: adamw_'s `norm`, and by it the check that gradients are finite.
+
+        tensors   one floating dtype and device (float32 but for the reference)
+        returns   scalar, float32 (float64 of float64); inf or NaN where an element is, or where squares overflow float32
+
+    Deterministic; without a wait for the device. Has no gradient.
+    """
+    tensors = list(tensors)
+    _check_norm(tensors)
+    if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
+        raise ValueError(
+            "global_norm: tensors must not require grad, for it has no gradient; or call it under torch.no_grad()"
+        )
+    return _global_norm(tensors, NORM.resolve(impl, tensors[0]))

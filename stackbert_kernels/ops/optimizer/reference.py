@@ -1,4 +1,4 @@
-"""AdamW in plain PyTorch. Arithmetic is in float32, in float64 for float64 weights; nothing waits for the device."""
+"""AdamW and the global norm in plain PyTorch. Arithmetic is in float32, in float64 for float64 weights; nothing waits for the device."""
 
 import torch
 from torch import Tensor
@@ -48,3 +48,9 @@ def adamw_(
                 old.copy_(torch.where(skip, old, new.to(old.dtype)))
             if c is not None:
                 c.copy_(torch.where(skip, c, weight.to(c.dtype)))
+
+
+def global_norm(tensors: list[Tensor]) -> Tensor:
+    """Sums in float64, as the other implementations do beyond a few hundred elements."""
+    total = torch.stack([t.double().square().sum() for t in tensors]).sum().sqrt()
+    return total.to(torch.promote_types(tensors[0].dtype, torch.float32))

@@ -48,6 +48,15 @@ def tables(
     return _table(entries, elements, device, stream), lines
 
 
+def norm_tables(tensors: list[Tensor], elements: int) -> tuple[Tensor, Tensor]:
+    """[tensors, 4] int64: address, elements, first block, whole blocks as above; and [blocks] int32."""
+    device = tensors[0].device
+    entries = tuple((t.data_ptr(), t.numel()) for t in tensors)
+    stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
+    lines = _lines(tuple((1, size) for _, size in entries), elements, device, stream)
+    return _norm_table(entries, elements, device, stream), lines
+
+
 def _blocks(size: int, elements: int) -> int:
     return -(-size // elements)
 
@@ -73,12 +82,21 @@ def _table(entries: tuple[Entry, ...], elements: int, device: torch.device, stre
     return _sent(torch.tensor(lines, dtype=torch.int64).view(-1, FIELDS), device)
 
 
+@lru_cache(maxsize=KEPT)
+def _norm_table(entries: tuple[Entry, ...], elements: int, device: torch.device, stream: int) -> Tensor:
+    lines, first = [], 0
+    for address, size in entries:
+        lines.append([address, size, first, size // elements if address % 16 == 0 else 0])
+        first += _blocks(size, elements)
+    return _sent(torch.tensor(lines, dtype=torch.int64), device)
+
+
 def _sent(tensor: Tensor, device: torch.device) -> Tensor:
     """A copy on the device, for work on its current stream; the host does not wait."""
     if device.type != "cuda":
         return tensor
     if torch.cuda.is_current_stream_capturing():
         raise RuntimeError(
-            "adamw_: a CUDA graph can capture it only after a call with the same tensors on the same stream, which makes its table"
+            "optimizer: a CUDA graph can capture a step or a norm only after a call with the same tensors on the same stream, which makes its table"
         )
     return tensor.pin_memory().to(device, non_blocking=True)

@@ -1,4 +1,5 @@
-"""AdamW in Triton: one launch over all rows of all tensors, behind a tiny one that decides whether the step is taken.
+"""AdamW and the global norm in Triton. A step is one launch over all rows of all tensors, behind a tiny one that decides whether it is
+taken; a norm is one over all tensors, before a tiny one that adds up.
 
 What each program works on is in the tables of segments.py. 28 bytes move for an element (30 with a copy), 16 in an access of a thread.
 """
@@ -151,6 +152,31 @@ def adamw_kernel(
             _update(line, factors_ptr, row, first + part, decayed, beta1, rest1, beta2, rest2, eps, PART, COPIES, False)
 
 
+@triton.jit
+def squares_kernel(table_ptr, lines_ptr, partials_ptr, ELEMENTS: tl.constexpr):
+    """The sum of squares of a block; table_ptr [tensors, 4]: address, size, first block, whole blocks."""
+    line = table_ptr + tl.load(lines_ptr + tl.program_id(0)).to(tl.int64) * 4
+    block = tl.program_id(0) - tl.load(line + 2)
+    i = block * ELEMENTS + tl.arange(0, ELEMENTS)
+    if block < tl.load(line + 3):
+        x = tl.load(_at(tl.load(line), i, True))
+    else:
+        x = tl.load(_at(tl.load(line), i, False), mask=i < tl.load(line + 1), other=0.0)
+    tl.store(partials_ptr + tl.program_id(0), tl.sum(x * x, 0))
+
+
+@triton.jit(do_not_specialize=["blocks"])
+def total_kernel(partials_ptr, norm_ptr, blocks, BLOCKS: tl.constexpr):
+    """One program."""
+    total = tl.zeros((BLOCKS,), tl.float64)
+    first = tl.program_id(0)  # 0; a while loop, for the interpreter takes no argument as the bound of a range
+    while first < blocks:
+        i = first + tl.arange(0, BLOCKS)
+        total += tl.load(partials_ptr + i, mask=i < blocks, other=0.0).to(tl.float64)
+        first += BLOCKS
+    tl.store(norm_ptr, tl.sqrt(tl.sum(total, 0)).to(tl.float32))
+
+
 @dataclass(frozen=True)
 class Configuration:
     elements: int  # of a program
@@ -192,6 +218,21 @@ def adamw_(
             )  # fmt: skip
 
 
+NORM_ELEMENTS, NORM_BLOCKS = 4096, 1024  # of a program
+
+
+def global_norm(tensors: list[Tensor]) -> Tensor:
+    device = tensors[0].device
+    with _triton.on(device):
+        tensors = [t.contiguous() for t in tensors]
+        table, lines = segments.norm_tables(tensors, NORM_ELEMENTS)
+        norm, partials = tensors[0].new_empty(()), tensors[0].new_empty(len(lines))
+        if len(lines):
+            squares_kernel[(len(lines),)](table, lines, partials, ELEMENTS=NORM_ELEMENTS, num_warps=8)
+        total_kernel[(1,)](partials, norm, len(lines), BLOCKS=NORM_BLOCKS, num_warps=8)
+    return norm
+
+
 def compilations(arch: int) -> list[_triton.Compilation]:
     chosen = CONFIGURATIONS[arch]
     table = {"table_ptr": "*i64:16", "factors_ptr": "*fp32:16"}
@@ -217,5 +258,22 @@ def compilations(arch: int) -> list[_triton.Compilation]:
             {"scale_ptr": None, "BETA1": 0.9, "BETA2": 0.999, "ROWS": 64},
             num_warps=2,
             max_narrow=64,
+        ),
+        _triton.Compilation(
+            "global_norm squares",
+            squares_kernel,
+            {"table_ptr": "*i64:16", "lines_ptr": "*i32:16", "partials_ptr": "*fp32:16"},
+            {"ELEMENTS": NORM_ELEMENTS},
+            num_warps=8,
+            max_registers=64,
+            max_narrow=32,  # of the table; of the ends of tensors
+        ),
+        _triton.Compilation(
+            "global_norm total",
+            total_kernel,
+            {"partials_ptr": "*fp32:16", "norm_ptr": "*fp32:16", "blocks": "i32"},
+            {"BLOCKS": NORM_BLOCKS},
+            num_warps=8,
+            max_narrow=32,  # a number a load, several rounds of the loop at once
         ),
     ]
