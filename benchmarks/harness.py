@@ -218,11 +218,11 @@ def check_all(bench: Bench, case: Case, inputs: Inputs, device: str) -> Checked:
     exact_inputs = copied(inputs, torch.float64)
     without = replace(case, p=0.0)
 
-    def exactly(case: Case) -> Results:
+    def by_reference(case: Case, inputs: Inputs) -> Results:
         with _one_thread():
-            return results(bound(bench.ours(case, exact_inputs, "reference"), exact_inputs))
+            return results(bound(bench.ours(case, inputs, "reference"), inputs))
 
-    exact = exactly(without)
+    exact = by_reference(without, exact_inputs)
     checked = Checked([], [], {}, {})
 
     baseline = None
@@ -251,8 +251,8 @@ def check_all(bench: Bench, case: Case, inputs: Inputs, device: str) -> Checked:
     if case.p:
         # PyTorch draws other masks, so its error with dropout is not known: that without, scaled as what is kept is; or that of our
         # reference, which is plain PyTorch with this mask.
-        exact, own = exactly(case), copied(inputs)
-        plain = largest_errors(results(bound(bench.ours(case, own, "reference"), own)), exact)
+        exact = by_reference(case, exact_inputs)
+        plain = largest_errors(by_reference(case, copied(inputs)), exact)
         baseline = {name: max(e / (1.0 - case.p), plain[name]) for name, e in baseline.items()}
     for impl in implementations(bench, case, inputs, device):
         own = copied(inputs)
