@@ -121,8 +121,8 @@ def run_ops(options: argparse.Namespace) -> int:
         print(json.dumps(result, indent=1))
     else:
         for bench in benches:
-            rows = [row for row in result["rows"] if row["op"] == bench.op]
-            print(f"\n{table.text(table.op_rows(rows))}")
+            if rows := [row for row in result["rows"] if row["op"] == bench.op]:
+                print(f"\n{table.text(table.op_rows(rows))}")
         print("".join(f"\n{line}" for line in (*table.left_out(result["rows"]), *result["problems"])))
     wrong = [row for row in result["rows"] if any(table.is_ours(name) for name in row["wrong"])]
     failed = [line for line in result["problems"] if not line.endswith("the time was up")]

@@ -384,13 +384,14 @@ def plan(
     keep: Callable[[Case], bool] = lambda case: True,
     compile: bool = False,
 ) -> list[tuple[Bench, Case]]:
-    """Every case of every declaration, the main ones first. On a GPU peers are compiled for these and where the case says so; with
+    """Every case of every declaration; first the main ones and at least one of each op. On a GPU peers are compiled for these and where the case says so; with
     `compile` for all of them."""
-    cases = [(bench, case) for bench in benches for case in bench.cases(device, quick) if keep(case)]
-    cases.sort(key=lambda pair: not pair[1].main)
+    declared = [[(bench, case) for case in bench.cases(device, quick) if keep(case)] for bench in benches]
+    first = [(bench, case) for pairs in declared for i, (bench, case) in enumerate(pairs) if case.main or i == 0]
+    later = [(bench, case) for pairs in declared for i, (bench, case) in enumerate(pairs) if not case.main and i > 0]
     return [
         (bench, replace(case, compile=compile or (device == "cuda" and not quick and (case.main or case.compile))))
-        for bench, case in cases
+        for bench, case in (*first, *later)
     ]
 
 
