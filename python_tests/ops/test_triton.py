@@ -53,6 +53,7 @@ def test_auto_takes_triton_on_a_gpu_without_the_compiled_module(on_gpu, monkeypa
     ],
 )
 def test_what_is_missing_on_a_gpu(on_gpu, monkeypatch, broken, message):
+    monkeypatch.setattr(_library, "WHY_NO_NATIVE_CUDA", "built without CUDA")
     for name, value in broken.items():
         monkeypatch.setattr(_triton, name, value)
     if message is None:
