@@ -114,7 +114,7 @@ MUTANTS = [
     Mutant(OPTIMIZER, "decay off by one", "k < decays ? a.kept", "k <= decays ? a.kept", "test_optimizer_cuda.py"),
     Mutant(OPTIMIZER, "the correction of the next step", "n = static_cast<int64_t>(step);", "n = static_cast<int64_t>(step) + 1;",
            "test_optimizer_cuda.py"),
-    Mutant(OPTIMIZER, "whole blocks at any address", "if (block < line.wide) {", "if (line.size - first >= kAdamWElements) {",
+    Mutant(OPTIMIZER, "whole blocks at any address", "  if (block < line.wide) {\n    Values<4> values[kVectors];", "  if (line.size - first >= kAdamWElements) {\n    Values<4> values[kVectors];",
            "test_optimizer_cuda.py", quick=True),
     Mutant(OPTIMIZER, "the end of a tensor off by one", "? static_cast<int>(left) :", "? static_cast<int>(left) + 1 :",
            "test_optimizer_cuda.py"),
