@@ -21,6 +21,7 @@ MAY_IMPORT: dict[str, set[str] | None] = {
     "demo": EVERYTHING,
     "compare": {"config", "model", "ops"},
     "patch": {"ops"},
+    "hf": {"config", "growth", "model", "ops"},
     "train": {"config", "plan", "growth", "model", "data", "ops"},
     "recipes": {"config"},
     "plan": {"config"},

@@ -10,6 +10,8 @@ The flow, which is also the reading order:
     ops        the fused ops, each with a PyTorch reference
     csrc       their kernels in C++ and CUDA
 
+For models that are not ours: `patch` puts the ops into modules that exist, `hf` plugs into transformers.
+
 `data` feeds `train`, which executes the plan; `cli` is the `stackbert` command.
 
 The names below are loaded when they are first used: importing the package, or its config, loads neither torch nor anything of ours.
@@ -32,7 +34,7 @@ _HOME = {
     "from_transformers": "model.hf",
     "to_transformers": "model.hf",
 }
-_PARTS = ("config", "data", "growth", "model", "ops", "plan", "recipes", "train")
+_PARTS = ("config", "data", "growth", "hf", "model", "ops", "plan", "recipes", "train")
 
 __all__ = ["__version__", *_HOME, *_PARTS]
 
