@@ -14,6 +14,7 @@ DTYPES = ("fp32", "bf16", "fp16")
 OTHER_COMMANDS = """other commands, each with --help:
   {prog} train_step     the whole training step beside transformers
   {prog} time_to_loss   held-out loss in equal time
+  {prog} tune           the candidates of each Triton kernel's configuration, on a GPU
   {prog} compare A B    what became slower between two results
   {prog} report         RESULTS.md from the committed results
 """
@@ -45,7 +46,7 @@ def run_parser(prog: str) -> Parser:
 def main(arguments: Sequence[str] | None = None, prog: str = "python -m benchmarks") -> int:
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     name = arguments[0] if arguments else ""
-    if name in ("train_step", "time_to_loss", "compare", "report"):
+    if name in ("train_step", "time_to_loss", "tune", "compare", "report"):
         return answered(_other(name), arguments[1:], f"{prog} {name}")
     return answered(lambda given, prog: run_ops(run_parser(prog).parse_args(given)), arguments, prog)
 
@@ -53,7 +54,8 @@ def main(arguments: Sequence[str] | None = None, prog: str = "python -m benchmar
 def _other(name: str):
     from importlib import import_module
 
-    return import_module({"compare": ".compare", "report": ".report"}.get(name, f".bench_{name}"), __package__).main
+    module = f".bench_{name}" if name in ("train_step", "time_to_loss") else f".{name}"
+    return import_module(module, __package__).main
 
 
 def run_ops(options: argparse.Namespace) -> int:

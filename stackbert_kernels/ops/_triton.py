@@ -71,11 +71,16 @@ def _at_least(found: str, wanted: tuple[int, ...]) -> bool:
 
 
 def configuration(table: Mapping[int, Configuration], device: torch.device) -> Configuration:
-    """Of the architecture (80, 90, 100) that is the device's or the nearest below it; the oldest in the interpreter."""
+    """What is kept for this device's architecture."""
+    return table[architecture(table, device)]
+
+
+def architecture(table: Mapping[int, Configuration], device: torch.device) -> int:
+    """The device's (80, 90, 100) or the nearest below it that the table has; the oldest in the interpreter."""
     if device.type != "cuda":
-        return table[min(table)]
+        return min(table)
     major, minor = capability(device.index)
-    return table[max(arch for arch in table if arch <= 10 * major + minor)]
+    return max(arch for arch in table if arch <= 10 * major + minor)
 
 
 @functools.cache

@@ -95,6 +95,7 @@ CONFIGURATIONS = {
         ),
     },
 }  # fmt: skip
+TUNED = (2, 64)  # the entry whose candidates are above
 CONFIGURATIONS[120] = CONFIGURATIONS[80]  # no tensor memory, and shared memory as small as on sm_86: 99 KB
 
 

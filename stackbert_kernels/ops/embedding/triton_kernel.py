@@ -197,6 +197,7 @@ def compilations(arch: int) -> list[_triton.Compilation]:
 
     return [
         tokens_kernel("fwd", forward_kernel, 768, "fp32", "bf16"),
+        tokens_kernel("fwd", forward_kernel, 768, "fp32", "fp16"),
         tokens_kernel("fwd", forward_kernel, 1024, "fp32", "bf16"),
         tokens_kernel("fwd", forward_kernel, 768, "bf16", "bf16"),
         tokens_kernel("fwd, frozen, p 0", forward_kernel, 768, "fp32", "bf16", ("mean_ptr", "rstd_ptr", "rng_ptr")),

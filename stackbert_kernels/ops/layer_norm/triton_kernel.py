@@ -297,6 +297,7 @@ def compilations(arch: int) -> list[_triton.Compilation]:
         kernel(f"{add_norm} fwd", forward_kernel, 768, "bf16"),
         kernel(f"{add_norm} fwd", forward_kernel, 1024, "bf16", max_spills=2),
         kernel(f"{add_norm} fwd", forward_kernel, 768, "fp32", max_spills=2),
+        kernel(f"{add_norm} fwd", forward_kernel, 768, "fp16"),
         kernel(f"{add_norm} fwd", forward_kernel, 8192, "bf16", max_spills=few),
         kernel(f"{add_norm} fwd, frozen, p 0", forward_kernel, 768, "bf16", (*frozen, "rng_ptr")),
         kernel("dropout_add fwd", forward_kernel, 768, "bf16", (*frozen, *no_norm)),
@@ -304,6 +305,7 @@ def compilations(arch: int) -> list[_triton.Compilation]:
         kernel(f"{add_norm} bwd", norm_bwd_kernel, 768, "bf16"),
         kernel(f"{add_norm} bwd", norm_bwd_kernel, 1024, "bf16"),
         kernel(f"{add_norm} bwd", norm_bwd_kernel, 768, "fp32"),
+        kernel(f"{add_norm} bwd", norm_bwd_kernel, 768, "fp16"),
         kernel(f"{add_norm} bwd", norm_bwd_kernel, 8192, "bf16", max_spills=few),
         kernel("dropout_add bwd", dropout_bias_bwd_kernel, 768, "bf16"),
         _triton.Compilation(

@@ -253,7 +253,7 @@ masked_lm_predictions = partial(padded.masked_lm_predictions, _CrossEntropy)
 def compilations(arch: int) -> list[_triton.Compilation]:
     chosen = CONFIGURATIONS[arch]
     found = [column_sums_compilation("masked_lm_loss dbias")]
-    for vocabulary, dtype, itemsize in ((30528, "bf16", 2), (8192, "bf16", 2), (30528, "fp32", 4)):
+    for vocabulary, dtype, itemsize in ((30528, "bf16", 2), (8192, "bf16", 2), (30528, "fp32", 4), (30528, "fp16", 2)):
         types = {"logits_ptr": f"*{dtype}:16", "labels_ptr": "*i64", "count_ptr": "*fp32:16", "losses_ptr": "*fp32"}
         types |= {"sums_ptr": "*fp32:16", "correct_ptr": "*i1", "rows": "i32", "words": "i32", "ignore_index": "i32"}
         constants, warps = _lanes(vocabulary, itemsize, chosen)
