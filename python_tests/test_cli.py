@@ -63,6 +63,11 @@ BAD = {
     "pretrain text.txt --out text.txt": "out must be a directory, got a file: text.txt",
     "pretrain text.txt --out .": "out must be new, empty or a run directory, got . with ",
     "prepare nothing.txt --out shards": "text: no such file, directory or glob: nothing.txt",
+    "grow nothing grown --layers 4": "grow: source must be a transformers directory with a config.json, got nothing",
+    "grow . grown": "Missing from stackbert grow: --layers",
+    "grow . grown --layers x": "--layers: wanted a whole number, got 'x'",
+    "grow . grown --layers 4 --operator fold": "'fold' for argument '--operator'",
+    "grow . grown --layers 4 --optimizer-state keep": "'keep' for argument '--optimizer-state'",
     "checkpoint verify nothing": "needs a run directory, a checkpoints folder or a checkpoint, got nothing",
     "checkpoint look nothing": "'look'",
     "prepare text.txt --out shards --seq-len 64": "Unrecognized or misplaced options: --seq-len 64\n",
@@ -237,8 +242,16 @@ def test_prepare_pretrain_verify_grow(text, capsys):
     assert code == 1 and "state.json: " in out
 
     code, out, _ = run("grow run/model grown --layers 8 --operator stack --json", capsys)
-    assert code == 0 and json.loads(out)["layers"] == 8
+    grown = json.loads(out)
+    assert code == 0 and grown["layers"] == 8 and grown["map"] == [0, 1, 2, 3, 0, 1, 2, 3]
+    assert {tensor["how"] for tensor in grown["tensors"]} == {"kept", "copied"} and "tokenizer.json" in grown["copied"]
     assert json.loads((text / "grown" / "config.json").read_text())["num_hidden_layers"] == 8
+    code, out, err = run("grow run/model grown --layers 8 --overwrite", capsys)
+    assert code == 0 and "grown: 8 layers, grown by stack from the 4 of run/model\n" in out and err == ""
+    code, _, err = run("grow run other --layers 8", capsys)
+    assert code == 2 and "run is a run of stackbert pretrain, whose recipe grows it; grow run/model instead" in err
+    code, _, err = run("grow run/checkpoints/step-8 other --layers 8", capsys)
+    assert code == 2 and "is a checkpoint of stackbert pretrain, whose recipe grows it" in err
     code, _, err = run("grow run/model grown --layers 8", capsys)
     assert code == 2 and "out must be a new or empty directory" in err
     code, _, err = run("grow run/model other --layers 7", capsys)

@@ -23,6 +23,7 @@ from tyro.conf import FlagCreatePairsOff, OmitArgPrefixes, Positional, Suppress,
 from stackbert_kernels import __version__
 from stackbert_kernels.config import (
     GROWTH_OPERATORS,
+    OPTIMIZER_STATES,
     ConfigError,
     DataConfig,
     ModelConfig,
@@ -114,18 +115,23 @@ class Doctor:
 
 @dataclass(frozen=True)
 class Grow:
-    """Deepen a transformers BERT: write a checkpoint whose new layers are made of the old ones."""
+    """Deepen a Hugging Face checkpoint, or one of its Trainer's with the optimizer's state, and say where each tensor is from."""
 
     source: Annotated[Path, Positional, arg(metavar="IN")]
-    """A transformers directory, such as RUN/model."""
+    """What save_pretrained or Trainer wrote, such as RUN/model or out/checkpoint-500."""
     out: Annotated[Path, Positional, arg(metavar="OUT")]
     """The directory to write; it must be new or empty."""
     layers: int
     """The new depth."""
     operator: Literal[GROWTH_OPERATORS] = "stack"
-    """How new layers get their weights: copies (copy_top, stack, interleave), random, or identity (they change nothing at first)."""
+    """How new layers get their weights: copies (copy_top, stack, interleave), random, or identity (in a pre-norm model, they change
+    nothing at first)."""
+    optimizer_state: Literal[OPTIMIZER_STATES] = "copy"
+    """Of a Trainer checkpoint: copy (by the same map), zero (none in layers that changed) or reset (none at all)."""
     seed: int = 0
     """For operators that draw new weights."""
+    overwrite: Flag = False
+    """Replace the checkpoint in OUT."""
     json: Json = False
 
 
@@ -316,13 +322,21 @@ def _doctor(command: Doctor) -> int:
 
 
 def _grow(command: Grow) -> int:
-    from stackbert_kernels.growth.export import grow_transformers
+    from stackbert_kernels.growth.checkpoint import grow_checkpoint
 
-    out = grow_transformers(command.source, command.out, command.layers, command.operator, seed=command.seed)
+    report = grow_checkpoint(
+        command.source,
+        command.out,
+        command.layers,
+        command.operator,
+        optimizer_state=command.optimizer_state,
+        seed=command.seed,
+        overwrite=command.overwrite,
+    )
     if command.json:
-        _print({"out": str(out), "layers": command.layers, "operator": command.operator})
+        _print(report.to_dict())
     else:
-        print(f"{out}: {command.layers} layers, grown by {command.operator} from {command.source}")
+        print(report)
     return DONE
 
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-
 import pytest
 import torch
 from model.samples import batch, tiny
@@ -12,8 +10,6 @@ from stackbert_kernels import ops
 from stackbert_kernels.config import ConfigError, OptimConfig, Stage
 from stackbert_kernels.growth.apply import LAST_OF_BRANCH, grow
 from stackbert_kernels.growth.depth import layer_map
-from stackbert_kernels.growth.export import grow_transformers, lengthen
-from stackbert_kernels.model.hf import to_transformers
 from stackbert_kernels.train.optim import AdamW
 
 FIRST = Stage(steps=2, depth=2)
@@ -216,50 +212,3 @@ def test_refuses_what_the_operator_cannot_do():
     with pytest.raises(ConfigError, match="random needs 0 < old depth < new depth, got 2 -> 2"):
         grow(model, optimizer, Stage(steps=1, depth=2, grow="random"), seed=0)
     assert all(torch.equal(bank, before[name]) for name, bank in banks(model, optimizer).items())
-
-
-# --- transformers directories ---
-
-
-@pytest.mark.parametrize("objective", ["mlm", "mlm+nsp"])
-def test_grows_a_transformers_directory(tmp_path, objective):
-    transformers = pytest.importorskip("transformers")
-    small = to_transformers(tiny(objective=objective)).eval()
-    small.save_pretrained(tmp_path / "small")
-    (tmp_path / "small" / "vocab.txt").write_text("[PAD]\n")
-    out = grow_transformers(tmp_path / "small", tmp_path / "large", 8, "interleave")
-    assert out == tmp_path / "large" and (out / "vocab.txt").read_text() == "[PAD]\n"
-    large, report = type(small).from_pretrained(out, output_loading_info=True)
-    assert not report["missing_keys"] and not report["unexpected_keys"] and large.config.num_hidden_layers == 8
-    old, new = small.state_dict(), large.state_dict()
-    for name, tensor in new.items():
-        parts = name.split(".")
-        if "layer" in parts:
-            at = parts.index("layer") + 1
-            parts[at] = str(int(parts[at]) // 2)
-        assert torch.equal(tensor, old[".".join(parts)]), name
-    assert transformers.AutoConfig.from_pretrained(out).architectures == [type(small).__name__]
-
-
-def test_lengthening_keeps_the_function():
-    model = tiny()
-    before = logits(model)
-    assert torch.equal(logits(lengthen(model, 6, seed=3)), before)
-
-
-def test_growing_a_directory_refuses_bad_input(tmp_path):
-    with pytest.raises(ConfigError, match=r"source must be a transformers directory with a config\.json"):
-        grow_transformers(tmp_path, tmp_path / "out", 4, "stack")
-    source = tmp_path / "source"
-    source.mkdir()
-    (source / "config.json").write_text(json.dumps({"architectures": ["GPT2LMHeadModel"], "num_hidden_layers": 2}))
-    with pytest.raises(
-        ConfigError, match="source must hold one of BertForMaskedLM, BertForPreTraining, BertModel, got GPT2LMHeadModel"
-    ):
-        grow_transformers(source, tmp_path / "out", 4, "stack")
-    (source / "config.json").write_text(json.dumps({"architectures": ["BertModel"], "num_hidden_layers": 2}))
-    with pytest.raises(ConfigError, match="grow: stack needs a multiple of the old depth, got 2 -> 5"):
-        grow_transformers(source, tmp_path / "out", 5, "stack")
-    with pytest.raises(ConfigError, match="out must be a new or empty directory"):
-        grow_transformers(source, source, 4, "stack")
-    assert not (tmp_path / "out").exists()
