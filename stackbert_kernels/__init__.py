@@ -10,7 +10,7 @@ The flow, which is also the reading order:
     ops        the fused ops, each with a PyTorch reference
     csrc       their kernels in C++ and CUDA
 
-For models that are not ours: `patch` puts the ops into modules that exist, `hf` plugs into transformers.
+For models that are not ours: `patch` puts the ops into modules that exist, `nn` has them as modules, `hf` plugs into transformers.
 
 `data` feeds `train`, which executes the plan; `cli` is the `stackbert` command.
 
@@ -34,7 +34,7 @@ _HOME = {
     "from_transformers": "model.hf",
     "to_transformers": "model.hf",
 }
-_PARTS = ("config", "data", "growth", "hf", "model", "ops", "plan", "recipes", "train")
+_PARTS = ("config", "data", "growth", "hf", "model", "nn", "ops", "plan", "recipes", "train")
 
 __all__ = ["__version__", *_HOME, *_PARTS]
 

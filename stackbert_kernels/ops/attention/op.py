@@ -239,6 +239,14 @@ def attention(
         returns    [B, S, H, D]  dense; rows past a sequence's length are zero
 
     Padding is never read, its gradients are zero.
+
+    Before:
+        token = torch.arange(q.shape[1]) < lengths[:, None]
+        heads_first = [x.transpose(1, 2) for x in (q, k, v)]
+        out = F.scaled_dot_product_attention(*heads_first, attn_mask=token[:, None, None], dropout_p=p).transpose(1, 2)
+        out = out * token[:, :, None, None]
+    After:
+        out = sbk.ops.attention(q, k, v, lengths, dropout_p=p)
     """
     if q.dim() != 4:
         raise ValueError(f"attention: q must be [B, S, H, D], got {list(q.shape)}")
@@ -268,6 +276,14 @@ def attention_varlen(
         returns     [T, H, D]      dense
 
     The other arguments are those of `attention`, which gives the same rows for the same sequences, dropout included.
+
+    Before:
+        heads_first = [x.transpose(0, 1) for x in (q, k, v)]
+        ends = cu_seqlens.tolist()
+        sequences = [[x[:, i:j] for x in heads_first] for i, j in zip(ends, ends[1:])]
+        out = torch.cat([F.scaled_dot_product_attention(*qkv, dropout_p=p) for qkv in sequences], 1).transpose(0, 1)
+    After:
+        out = sbk.ops.attention_varlen(q, k, v, cu_seqlens, max_seqlen, dropout_p=p)
     """
     if q.dim() != 3:
         raise ValueError(f"attention_varlen: q must be [T, H, D], got {list(q.shape)}")
@@ -285,7 +301,17 @@ def attention_qkv_varlen(
     scale: float | None = None,
     impl: str = "auto",
 ) -> Tensor:
-    """attention_varlen on the output qkv [T, 3, H, D] of one fused projection; its gradient is one dense tensor, nothing is joined."""
+    """attention_varlen on the output qkv [T, 3, H, D] of one fused projection; its gradient is one dense tensor, nothing is joined.
+
+    Before:
+        q, k, v = F.linear(x, in_proj_weight, in_proj_bias).view(-1, 3, H, D).permute(1, 2, 0, 3)
+        ends = cu_seqlens.tolist()
+        sequences = [[y[:, i:j] for y in (q, k, v)] for i, j in zip(ends, ends[1:])]
+        out = torch.cat([F.scaled_dot_product_attention(*qkv, dropout_p=p) for qkv in sequences], 1).transpose(0, 1)
+    After:
+        qkv = F.linear(x, in_proj_weight, in_proj_bias).view(-1, 3, H, D)
+        out = sbk.ops.attention_qkv_varlen(qkv, cu_seqlens, max_seqlen, dropout_p=p)
+    """
     _check_qkv(qkv, cu_seqlens, max_seqlen)
     threshold, rng = philox.dropout_arguments("attention_qkv_varlen", dropout_p, rng, site, qkv.device)
     impl = OP.resolve(impl, qkv)

@@ -55,6 +55,11 @@ def dropout(x: Tensor, p: float, *, rng: Tensor | None = None, site: int = 0, im
         returns  [..., C]
 
     The mask is a pure function of (seed, step, site, row, column); the backward pass draws it again. p = 0 returns x itself.
+
+    Before:
+        y = F.dropout(x, p)
+    After:
+        y = sbk.ops.dropout(x, p)
     """
     threshold, rng = philox.dropout_arguments("dropout", p, rng, site, x.device)
     rows = x.reshape(-1, x.shape[-1]) if x.dim() else x

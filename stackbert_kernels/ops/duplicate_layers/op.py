@@ -100,6 +100,11 @@ def duplicate_layers_(bank: Tensor, layer_map: Sequence[int], *, impl: str = "au
 
     [0, 1, 2, 0, 1, 2] stacks three layers twice (Gong et al. 2019), [0, 0, 1, 1, 2, 2] interleaves them. A bank that requires
     grad is refused unless gradients are off, as torch does for other in-place changes of a leaf.
+
+    Before:
+        bank[:6] = bank[[0, 1, 2, 0, 1, 2]]
+    After:
+        sbk.ops.duplicate_layers_(bank, [0, 1, 2, 0, 1, 2])
     """
     layer_map = [index(source) for source in layer_map]
     _check(bank, layer_map)
@@ -126,6 +131,12 @@ def duplicate_banks_(banks: Sequence[Tensor], layer_map: Sequence[int], *, impl:
     """duplicate_layers_ by one map on several banks of any dtypes: weights, moments, step counts, a copy in bfloat16.
 
     No bank overlaps another one. The CUDA kernel does up to eight of them in one launch.
+
+    Before:
+        for bank in banks:
+            bank[:6] = bank[[0, 0, 1, 1, 2, 2]]
+    After:
+        sbk.ops.duplicate_banks_(banks, [0, 0, 1, 1, 2, 2])
     """
     banks, layer_map = list(banks), [index(source) for source in layer_map]
     _check_banks(banks, layer_map)

@@ -170,6 +170,14 @@ def embedding_layer_norm(
     The mask is a pure function of (seed, step, site, token, column); backward draws it again. Gradients of the tables are dense, summed
     in an order that does not depend on threads or chance. An index out of range is a ValueError on the CPU; on a GPU, where looking
     would wait for the device, nothing is read for it, the token's row is NaN, and no row of that table gets its gradient.
+
+    Before:
+        x = F.embedding(ids, word) + F.embedding(positions, position) + F.embedding(token_types, token_type)
+        y = F.dropout(F.layer_norm(x, x.shape[-1:], weight, bias, eps), p)
+    After:
+        y = sbk.ops.embedding_layer_norm(
+            ids, positions, token_types, word, position, token_type, weight, bias, dropout_p=p, eps=eps
+        )
     """
     threshold, rng = philox.dropout_arguments("embedding_layer_norm", dropout_p, rng, site, word.device)
     dtype = word.dtype if dtype is None else dtype

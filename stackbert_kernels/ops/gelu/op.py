@@ -84,6 +84,11 @@ def bias_gelu(x: Tensor, bias: Tensor, *, approximate: str = "none", impl: str =
         returns      [..., C]  in x's dtype; computed in float32 (float64 for float64)
 
     Saves x and bias for backward, nothing else. The gradient of bias does not depend on the thread count.
+
+    Before:
+        y = F.gelu(F.linear(h, dense, bias))
+    After:
+        y = sbk.ops.bias_gelu(F.linear(h, dense), bias)
     """
     rows = x.reshape(math.prod(x.shape[:-1]), x.shape[-1]) if x.dim() else x
     _check(rows, bias, approximate)

@@ -191,6 +191,11 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-12, *, i
         returns       [..., C]  in x's dtype; statistics are float32 (float64 for float64)
 
     The gradients of weight and bias are summed in float32, in an order that does not depend on the thread count.
+
+    Before:
+        y = F.layer_norm(x, x.shape[-1:], weight, bias, eps)
+    After:
+        y = sbk.ops.layer_norm(x, weight, bias, eps)
     """
     rows = _rows(x)
     _check("layer_norm", rows, None, weight, bias, None, eps)
@@ -324,6 +329,12 @@ def dropout_add_layer_norm(
         returns       [..., C]  in x's dtype; the sum is normalised in float32 without being rounded first
 
     The mask is a pure function of (seed, step, site, row, column); backward draws it again.
+
+    Before:
+        y = F.layer_norm(residual + F.dropout(F.linear(h, dense, x_bias), p), residual.shape[-1:], weight, bias, eps)
+    After:
+        x = F.linear(h, dense)
+        y = sbk.ops.dropout_add_layer_norm(x, residual, weight, bias, x_bias=x_bias, dropout_p=p, eps=eps)
     """
     threshold, rng = philox.dropout_arguments("dropout_add_layer_norm", dropout_p, rng, site, x.device)
     _check_like("dropout_add_layer_norm", "residual", residual, x)
@@ -412,6 +423,11 @@ def dropout_add(
     """residual + dropout(x + x_bias): the end of both halves of a pre-LN layer. Arguments as in dropout_add_layer_norm.
 
     No activation is saved for backward, so there is no forward-only twin.
+
+    Before:
+        y = residual + F.dropout(F.linear(h, dense, x_bias), p)
+    After:
+        y = sbk.ops.dropout_add(F.linear(h, dense), residual, x_bias=x_bias, dropout_p=p)
     """
     threshold, rng = philox.dropout_arguments("dropout_add", dropout_p, rng, site, x.device)
     _check_like("dropout_add", "residual", residual, x)

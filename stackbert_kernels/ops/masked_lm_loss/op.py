@@ -133,6 +133,11 @@ def masked_lm_loss(
 
     Rows with ignore_index are not read and get zero gradients. Without any other row the loss is 0, where F.cross_entropy gives
     NaN. Inputs that do not require grad cost nothing. The second derivative does not exist.
+
+    Before:
+        loss = F.cross_entropy(F.linear(hidden, weight, bias), labels)
+    After:
+        loss = sbk.ops.masked_lm_loss(hidden, weight, bias, labels)
     """
     _check(hidden, weight, bias, labels)
     impl = OP.resolve(impl, hidden)
@@ -147,6 +152,14 @@ def masked_lm_predictions(
     """For evaluation: the sum of the losses (float64), how many labels have the highest logit, how many labels there are (int64).
 
     Arguments as for masked_lm_loss. Of several words with the same highest logit the first counts.
+
+    Before:
+        rows = labels != -100
+        logits = F.linear(hidden[rows], weight, bias)
+        loss = F.cross_entropy(logits, labels[rows], reduction="sum").double()
+        hits, count = (logits.argmax(1) == labels[rows]).sum(), rows.sum()
+    After:
+        loss, hits, count = sbk.ops.masked_lm_predictions(hidden, weight, bias, labels)
     """
     _check(hidden, weight, bias, labels)
     return _masked_lm_predictions(hidden, weight, bias, labels, ignore_index, OP.resolve(impl, hidden))

@@ -144,6 +144,17 @@ def adamw_(
 
     A step is skipped where norm * scale is not finite, too: then nothing changes but `skipped`. That is decided on the device. Each
     element is read and written once: 28 bytes. Tensors that require grad are refused unless gradients are off.
+
+    Before:
+        torch.nn.utils.clip_grad_norm_(weights, max_norm)
+        torch.optim.AdamW(weights, lr=lr, weight_decay=0.01).step()
+    After:
+        grads = [w.grad for w in weights]
+        exp_avg, exp_avg_sq = ([torch.zeros_like(w) for w in weights] for _ in range(2))
+        steps, decay = [torch.zeros(()) for w in weights], [w.numel() for w in weights]
+        with torch.no_grad():
+            norm = sbk.ops.global_norm(grads)
+            sbk.ops.adamw_(weights, grads, exp_avg, exp_avg_sq, steps, decay, lr=lr, norm=norm, max_norm=max_norm)
     """
     changed = [list(t) for t in (weights, exp_avg, exp_avg_sq, steps, copies)]
     weights, exp_avg, exp_avg_sq, steps, copies = changed
@@ -183,6 +194,11 @@ def global_norm(tensors: Sequence[Tensor], *, impl: str = "auto") -> Tensor:
         returns   scalar, float32 (float64 of float64); inf or NaN where an element is, or where squares overflow float32
 
     Deterministic; without a wait for the device. Has no gradient.
+
+    Before:
+        norm = torch.stack([t.norm() for t in tensors]).norm()
+    After:
+        norm = sbk.ops.global_norm(tensors)
     """
     tensors = list(tensors)
     _check_norm(tensors)
