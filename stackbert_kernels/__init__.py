@@ -33,8 +33,11 @@ _HOME = {
     "Bert": "model",
     "from_transformers": "model.hf",
     "to_transformers": "model.hf",
+    "unpatch": "patch",
+    "patched": "patch",
+    "PatchReport": "patch",
 }
-_PARTS = ("config", "data", "growth", "hf", "model", "nn", "ops", "plan", "recipes", "train")
+_PARTS = ("config", "data", "growth", "hf", "model", "nn", "ops", "patch", "plan", "recipes", "train")
 
 __all__ = ["__version__", *_HOME, *_PARTS]
 
