@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from oracle import assert_as_accurate_as_torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 import stackbert_kernels as sbk
 from stackbert_kernels.nn.rows import arrange
@@ -257,6 +258,18 @@ def test_compiles_to_one_graph(name):
     actual = results(module, x, torch.compile(run, fullgraph=True, backend="aot_eager"), None)
     for key, value in wanted.items():
         torch.testing.assert_close(actual[key], value, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("name", PAIRS)
+def test_recomputed_in_the_backward_pass(name):
+    """Under gradient checkpointing the dropout masks are drawn again: the same gradients, bit for bit."""
+    module, x = random_parameters(PAIRS[name][1]()), torch.randn(S, B, C)
+    gradients = []
+    for recompute in (False, True):
+        torch.manual_seed(2)
+        y = checkpoint(call, module, x, use_reentrant=False) if recompute else call(module, x)
+        gradients.append(torch.autograd.grad(y.square().sum(), list(module.parameters())))
+    assert all(torch.equal(got, wanted) for wanted, got in zip(*gradients, strict=True))
 
 
 def test_compiled_training_draws_dropout():

@@ -295,11 +295,9 @@ def _dropout_add_layer_norm_setup(ctx, inputs, output):
 def _dropout_add_layer_norm_backward(ctx, dy, dmean, drstd):
     if dy is None:
         return (None,) * 10
-    x_bias = ctx.saved_tensors[4]
-    dx, dresidual, dweight, dbias, dx_bias = _dropout_add_layer_norm_bwd(
-        dy, *ctx.saved_tensors, ctx.site, ctx.threshold, ctx.impl
-    )
-    return dx, dresidual, dweight, dbias, None if x_bias is None else dx_bias, None, None, None, None, None
+    saved = ctx.saved_tensors  # read once: under gradient checkpointing each read recomputes
+    dx, dresidual, dweight, dbias, dx_bias = _dropout_add_layer_norm_bwd(dy, *saved, ctx.site, ctx.threshold, ctx.impl)
+    return dx, dresidual, dweight, dbias, None if saved[4] is None else dx_bias, None, None, None, None, None
 
 
 library.autograd("dropout_add_layer_norm_fwd", _dropout_add_layer_norm_setup, _dropout_add_layer_norm_backward)
