@@ -19,6 +19,7 @@ pytest.importorskip("accelerate")
 
 from transformers import BertConfig, BertForMaskedLM, Trainer, TrainerCallback, TrainingArguments  # noqa: E402
 
+from stackbert_kernels.growth import grow_checkpoint  # noqa: E402
 from stackbert_kernels.hf import StackingCallback, grow_and_resume  # noqa: E402
 from stackbert_kernels.hf.stacking import last_checkpoint  # noqa: E402
 
@@ -203,9 +204,22 @@ def test_fresh_layers_start_without_moments(tmp_path):
     moments = Moments()
     trainer = run(tmp_path, moments, stacking=StackingCallback({3: 2}, "random", seed=4), max_steps=4)
     assert trainer.model.config.num_hidden_layers == 2
+    grow_checkpoint(tmp_path / "checkpoint-3", tmp_path / "by-hand", 2, "random", seed=4)
+    weights = [load_file(tmp_path / name / "model.safetensors") for name in ("grown-3", "by-hand")]
+    assert all(torch.equal(tensor, weights[1][name]) for name, tensor in weights[0].items())
     without = {name for name, held in moments.seen[1].items() if not held}
     assert without == {name for name in moments.seen[1] if name.startswith(f"{LAYER}1.")}
     assert {int(state["step"]) for state in trainer.optimizer.state.values()} == {1, 4}
+
+
+def test_options_of_the_callback_reach_the_growth(tmp_path):
+    """And a stage that ends between two lines of the log loses no loss."""
+    moments = Moments()
+    stacking = StackingCallback({3: 2}, optimizer_state="reset")
+    trainer = run(tmp_path, moments, stacking=stacking, max_steps=4, logging_steps=4)
+    assert not any(moments.seen[1].values())
+    losses = {line["step"]: line["loss"] for line in trainer.state.log_history if "loss" in line}
+    assert list(losses) == [3, 4] and all(loss > 1 for loss in losses.values())
 
 
 def test_the_best_of_a_shallower_model_is_forgotten(tmp_path):

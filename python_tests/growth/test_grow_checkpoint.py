@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from stackbert_kernels.config import ConfigError
@@ -139,6 +140,8 @@ def test_every_family_tensor_by_tensor(tmp_path, name, operator, layers):
         assert origin.how == ("kept" if origin.source == origin.name else "copied")
     assert {origin.name for origin in report.tensors} == set(load_file(tmp_path / "new" / WEIGHTS))
     assert (tmp_path / "new" / "vocab.txt").read_text() == "[PAD]\n" and "vocab.txt" in report.copied
+    with safe_open(tmp_path / "new" / WEIGHTS, framework="pt") as file:
+        assert file.metadata() == {"format": "pt"}
     assert [module.layer_idx for module in new.modules() if hasattr(module, "layer_idx")] in ([], list(range(layers)))
     assert not list(tmp_path.glob(".tmp-*"))
 
@@ -474,6 +477,16 @@ def test_layers_that_differ_and_shared_layers_are_refused(tmp_path):
     settings = BERT | {"embedding_size": 8}
     transformers.AlbertForMaskedLM(transformers.AlbertConfig(**settings)).save_pretrained(tmp_path / "old")
     refused(tmp_path, "must have one list of layers with the config's 2 entries, got no such list")
+
+
+def test_two_lists_that_could_be_the_layers_are_refused(tmp_path):
+    """A list of another kind beside the layers is none of them."""
+    saved(tmp_path / "old")
+    weights = load_file(tmp_path / "old" / WEIGHTS)
+    save_file(weights | {f"head.{i}.weight": torch.ones(3) for i in range(2)}, tmp_path / "old" / WEIGHTS)
+    assert grow_checkpoint(tmp_path / "old", tmp_path / "one", 4).prefix == "bert.encoder.layer"
+    save_file(weights | {f"other.layer.{i}.weight": torch.ones(3) for i in range(2)}, tmp_path / "old" / WEIGHTS)
+    refused(tmp_path, "must have one list of layers with the config's 2 entries, got bert.encoder.layer, other.layer; ")
 
 
 def test_an_operator_that_does_not_know_the_layer_is_refused(tmp_path):
