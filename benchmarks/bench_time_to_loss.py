@@ -3,7 +3,7 @@
     python -m benchmarks time_to_loss [TEXT ...] [--out DIR] [--minutes 5]
 
 Contenders, one after another on the whole machine: the loop that people write around transformers (BertForMaskedLM, sdpa, AdamW, padded
-batches), our baseline, and every recipe. Each is timed for a few steps first, every stage of a recipe by itself; from that follows how many
+batches), our baseline, and MSLT, or the recipes that --contenders names. Each is timed for a few steps first, every stage of a recipe by itself; from that follows how many
 steps fit into the budget, and the learning rate's warm-up and decay (the same shape for all) are laid over these steps, so that the
 schedule ends with the budget. Seconds are those of training: waiting for batches and growth are in them, evaluation, saving and the short timing
 are not. FLOPs are the matrix products that each executes: for ours by plan.py's model; transformers also computes padding and all logits.
@@ -32,6 +32,8 @@ from . import results_file, table
 from .command_line import DONE, FAILED, BadUse, Parser, answered, device_of, make_folder
 
 HF = "HF loop"
+BY_DEFAULT = ("baseline", "mslt")
+"""The recipes that compete when none is asked for."""
 COLOURS = ("#d1541f", "#2f6db3", "#0e9f8e", "#7c3aed", "#b45309", "#be185d", "#4d7c0f", "#0369a1")
 QUARTERS = (0.25, 0.5, 0.75)
 TIMED_STEPS = 30
@@ -311,7 +313,10 @@ def parser(prog: str) -> Parser:
                       help="text files, globs, directories, .jsonl, or one prepared directory; default: the documentation of this Python")  # fmt: skip
     made.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     made.add_argument(
-        "--contenders", choices=(HF.split()[0].lower(), *RECIPES), nargs="+", help="only these; default: all"
+        "--contenders",
+        choices=(HF.split()[0].lower(), *RECIPES),
+        nargs="+",
+        help=f"default: {HF.split()[0].lower()} {' '.join(BY_DEFAULT)}",
     )
     how_long = made.add_mutually_exclusive_group()
     how_long.add_argument("--seconds", type=float, help="of training for each contender")
@@ -362,7 +367,8 @@ def main(arguments: Sequence[str] | None = None, prog: str = "python -m benchmar
         raise BadUse(f"--seconds must be at least {FEWEST_SECONDS:g}, got {options.seconds:g}")
     device = device_of(options.device)
     preset = PRESETS[device]
-    names = [name for name in (HF, *RECIPES) if not options.contenders or name.split()[0].lower() in options.contenders]
+    asked = options.contenders or (HF.split()[0].lower(), *BY_DEFAULT)
+    names = [name for name in (HF, *RECIPES) if name.split()[0].lower() in asked]
     with tempfile.TemporaryDirectory(prefix="time-to-loss-") as work:
         started = time.perf_counter()
         try:

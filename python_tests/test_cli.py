@@ -12,7 +12,7 @@ import torch
 from stackbert_kernels import __version__
 from stackbert_kernels.cli import Pretrain, _one_line, _parse, main
 from stackbert_kernels.config import ConfigError, DataConfig, ModelConfig, OptimConfig, TrainConfig
-from stackbert_kernels.recipes import MsltOptions, baseline, mslt
+from stackbert_kernels.recipes import RECIPES, MsltOptions, baseline, mslt
 
 SMALL = "--layers 4 --hidden 32 --heads 2 --seq-len 16 --max-position 16 --batch-tokens 64 --train-vocab-size 100 --mslt.stages 2 --heldout 0.1"
 
@@ -57,6 +57,9 @@ BAD = {
     "pretrain text.txt --out run --mslt.stages 2 --steps 100 --mslt.stage-weights 1 2 3": "stage_weights must have 2 numbers",
     "pretrain text.txt --out run --mslt.stages 2 --mslt.init stack": "init must be one of",
     "pretrain text.txt --out run --recipe baseline --mslt.joint .3": "--mslt options need --recipe mslt, got --recipe baseline",
+    "pretrain text.txt --out run --recipe mslt --stacking.start 3": "--stacking options need --recipe stacking, got --recipe mslt",
+    "pretrain text.txt --out run --recipe stacking --layers 7": "stacking: layers must be start x 2 x 2 ..., got layers 7",
+    "pretrain text.txt --out run --recipe incremental --layers 3": "incremental: layers must be at least stages",
     "pretrain nothing.txt --out run": "text: no such file, directory or glob: ",
     "pretrain empty.txt --out run": "text is empty: ",
     "pretrain text.txt --out run --vocab nothing.txt": "vocab: cannot read ",
@@ -156,6 +159,7 @@ def test_every_field_of_the_configuration_is_an_option(capsys):
     names = {f.name for section in (ModelConfig, DataConfig, OptimConfig, TrainConfig) for f in fields(section)}
     for name in names - {"text", "model", "data", "optim", "stages"}:
         assert f"--{name.replace('_', '-')}" in out, name
+    assert all(f"--{recipe}." in out for recipe, (_, options) in RECIPES.items() if fields(options))
     assert "TEXT..." in out and "--mslt.joint" in out and "--stages" not in out.replace("--mslt.stages", "")
 
 
@@ -199,6 +203,14 @@ def test_a_box_of_tyro_becomes_one_line():
         "│ Perhaps you meant:         │\n│     --ab INT               │\n╰────╯\n"
     )
     assert _one_line(page) == "Unrecognized options: --a, 4; did you mean --ab?"
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_dry_run_of_every_recipe(text, capsys, recipe):
+    """With defaults at the default depth, and at toy size."""
+    for size in ("", "--layers 4 --hidden 32 --heads 2 --max-position 16 --seq-len 16 --batch-tokens 64 --steps 50"):
+        code, out, err = run(f"pretrain text.txt --out run {size} --recipe {recipe} --dry-run", capsys)
+        assert code == 0 and out.startswith("stage ") and "predicted speed-up" in out and err == ""
 
 
 def test_dry_run_prints_the_cost_and_writes_nothing(text, capsys):

@@ -33,7 +33,7 @@ from stackbert_kernels.config import (
     to_dict,
 )
 from stackbert_kernels.plan import cost_table, relative_step_cost
-from stackbert_kernels.recipes import RECIPES, MsltOptions
+from stackbert_kernels.recipes import RECIPES, IncrementalOptions, MsltOptions, StackingOptions
 from stackbert_kernels.train.checkpoint import CheckpointError
 
 DONE, FAILED, BAD_ARGUMENTS = 0, 1, 2
@@ -70,7 +70,8 @@ class Pretrain(TrainConfig):
     out: Annotated[Path, arg(metavar="DIR")]
     """The run directory."""
     recipe: Literal[tuple(RECIPES)] = "mslt"
-    """How the encoder grows: mslt (multi-stage layerwise training) or baseline (all layers from the start)."""
+    """The training method: baseline (all layers from the start), mslt (multi-stage layerwise training), stacking (a shallow encoder copied
+    on top of itself), incremental (new layers alone, then all)."""
     dry_run: Flag = False
     """Print stages and predicted cost, then stop."""
     fresh: Flag = False
@@ -81,6 +82,8 @@ class Pretrain(TrainConfig):
     optim: OmitArgPrefixes[OptimConfig]
     stages: Suppress[tuple[Stage, ...]] = ()
     mslt: MsltOptions = field(default_factory=MsltOptions)
+    stacking: StackingOptions = field(default_factory=StackingOptions)
+    incremental: IncrementalOptions = field(default_factory=IncrementalOptions)
 
     def __post_init__(self):
         """Checked by `config`: the recipe may make the stages that these settings need."""
@@ -88,8 +91,9 @@ class Pretrain(TrainConfig):
     def config(self) -> TrainConfig:
         """The configuration that these options name, with the recipe's stages."""
         settings = {f.name: getattr(self, f.name) for f in fields(TrainConfig)} | {"data": _plain(self.data)}
-        if self.recipe != "mslt" and self.mslt != MsltOptions():
-            raise ConfigError(f"--mslt options need --recipe mslt, got --recipe {self.recipe}")
+        for name, (_, options) in RECIPES.items():
+            if name != self.recipe and getattr(self, name, options()) != options():
+                raise ConfigError(f"--{name} options need --recipe {name}, got --recipe {self.recipe}")
         recipe, options = RECIPES[self.recipe]
         return recipe(TrainConfig(**settings), getattr(self, self.recipe, options()))
 

@@ -6,6 +6,7 @@ Nothing here imports torch: a wrong option is refused before anything slow is lo
 from __future__ import annotations
 
 import difflib
+import itertools
 import math
 import types
 import typing
@@ -16,7 +17,7 @@ NORMS = ("post", "pre")
 OBJECTIVES = ("mlm", "mlm+nsp", "mlm+sop")
 EMBEDDING_POLICIES = ("train", "freeze", "output_grad", "untie", "full")
 OPTIMIZER_STATES = ("copy", "zero", "reset")
-LR_POLICIES = ("global", "restart")
+LR_POLICIES = ("global", "restart", "curve")
 IMPLEMENTATIONS = ("auto", "reference", "native", "triton")
 GROWTH_OPERATORS = ("copy_top", "stack", "interleave", "random", "identity")
 """The names of growth/depth.py's operators: known here so that a wrong one is refused before torch is loaded."""
@@ -187,7 +188,9 @@ class Stage:
     optimizer_state: str = "copy"
     """Moments of new layers: copy (by the growth map), zero, or reset (all moments of all parameters)."""
     lr_policy: str = "global"
-    """global: one warm-up and decay over the whole run; restart: this stage has its own."""
+    """global: one warm-up and decay over the whole run; restart: this stage has its own; curve: lr_curve says it."""
+    lr_curve: tuple[tuple[float, ...], ...] = ()
+    """With lr_policy curve: points (step of the stage, share of the run's lr) from step 0 on, joined by straight lines."""
     rewarm: int = 0
     """Steps over which this stage's rate rises from zero to the schedule's; with lr_policy restart, 0 = as the run's own warm-up,
     in proportion to the stage's steps."""
@@ -204,6 +207,7 @@ class Stage:
         _one_of("embeddings", self.embeddings, EMBEDDING_POLICIES)
         _one_of("optimizer_state", self.optimizer_state, OPTIMIZER_STATES)
         _one_of("lr_policy", self.lr_policy, LR_POLICIES)
+        _check_curve(self)
         _require(
             0 <= self.rewarm <= self.steps,
             f"rewarm must be in [0, steps], got rewarm {self.rewarm}, steps {self.steps}",
@@ -272,6 +276,24 @@ class TrainConfig:
         if not self.stages:
             object.__setattr__(self, "stages", (Stage(steps=self.steps, depth=self.model.layers, name="all layers"),))
         _check_stages(self.stages, self.model.layers, self.steps)
+
+
+def _check_curve(stage: Stage) -> None:
+    points = stage.lr_curve
+    _require(
+        (stage.lr_policy == "curve") == bool(points),
+        f"lr_curve belongs to lr_policy 'curve' and to no other, got lr_policy {stage.lr_policy!r} with {len(points)} points",
+    )
+    _require(
+        all(len(point) == 2 and 0 <= point[1] < math.inf for point in points),
+        f"lr_curve must hold pairs (step, share >= 0), got {points}",
+    )
+    if points:
+        at = [point[0] for point in points]
+        _require(
+            at[0] == 0 and all(a < b for a, b in itertools.pairwise(at)) and at[-1] >= stage.steps,
+            f"lr_curve must rise from step 0 to at least the stage's {stage.steps} steps, got steps {at}",
+        )
 
 
 def _check_stages(stages: tuple[Stage, ...], layers: int, steps: int) -> None:

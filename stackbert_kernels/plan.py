@@ -5,6 +5,7 @@ C hidden, I inner, L layers, S tokens of a sequence, V vocabulary, b cost of a b
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -41,6 +42,8 @@ class Span:
         config, stage = self.config, self.stage
         warmup = warmup_steps(config)
         local = step - self.first
+        if stage.lr_policy == "curve":
+            return config.optim.lr * on_curve(stage.lr_curve, local)
         if stage.lr_policy == "restart":
             warmup = stage.rewarm or max(1, round(warmup * stage.steps / config.steps))
             return config.optim.lr * warmup_then_decay(local, stage.steps, warmup)
@@ -74,6 +77,14 @@ def warmup_then_decay(step: int, steps: int, warmup: int) -> float:
     if step < warmup:
         return (step + 1) / warmup
     return (steps - step) / (steps - warmup)
+
+
+def on_curve(points: Sequence[Sequence[float]], step: float) -> float:
+    """The height at `step` of the straight lines that join `points` (step, height)."""
+    for (left, low), (right, high) in itertools.pairwise(points):
+        if step <= right:
+            return low + (high - low) * (step - left) / (right - left)
+    return points[-1][1]
 
 
 # --- cost in layer forwards (specs/common.md section 2) ---

@@ -213,7 +213,7 @@ def test_the_command(text, tmp_path, monkeypatch, capsys):
     printed = capsys.readouterr().out
     result = results_file.read(tmp_path / "time_to_loss.json")
     rows = {row["case"]: row for row in result["rows"]}
-    assert list(rows) == [HF, *RECIPES]
+    assert list(rows) == [HF, *bench_time_to_loss.BY_DEFAULT]
     assert result["absent"] == {} and result["problems"] == []
     assert result["target"] == {"contender": HF, "loss": rows[HF]["loss"]}
     for name, row in rows.items():

@@ -1,6 +1,5 @@
 """The loop: going on is bitwise the same as never having stopped, whatever stopped it; what must not change does not."""
 
-import json
 import multiprocessing
 import os
 import random
@@ -11,39 +10,14 @@ from dataclasses import replace
 
 import pytest
 import torch
+from train.runs import assert_same_state, go_back, log_of, settings, state_after, trained
 
-from stackbert_kernels.config import ConfigError, DataConfig, ModelConfig, OptimConfig, TrainConfig
-from stackbert_kernels.data.prepare import prepare
+from stackbert_kernels.config import ConfigError, OptimConfig
 from stackbert_kernels.model.bert import Bert
 from stackbert_kernels.recipes import MsltOptions, baseline, mslt
 from stackbert_kernels.train import checkpoint, loop
 from stackbert_kernels.train.loop import train
 from stackbert_kernels.train.run_directory import Metrics, cut_metrics, locked, open_run, read_metrics
-
-DATA = DataConfig(train_vocab_size=120, seq_len=16, batch_tokens=64, eval_tokens=200, heldout=0.1)
-MEASURED = ("seconds", "tokens_per_second", "stage_seconds")
-
-
-@pytest.fixture(scope="session")
-def shards(tmp_path_factory):
-    """A small text with words that predict each other, prepared once."""
-    folder = tmp_path_factory.mktemp("text")
-    choose = random.Random(0)
-    words = [f"{a}{b}" for a in ("ba", "do", "ki", "lu", "me") for b in ("n", "r", "s", "t")]
-    sentences = []
-    for _ in range(400):
-        first = choose.randrange(len(words))
-        sentences.append(" ".join(words[(first + i) % len(words)] for i in range(choose.randint(4, 9))) + ".")
-    (folder / "text.txt").write_text("\n\n".join("\n".join(sentences[i : i + 4]) for i in range(0, 400, 4)))
-    return prepare([str(folder / "text.txt")], folder / "shards", DATA, progress=False, workers=1)
-
-
-@pytest.fixture
-def quick(monkeypatch):
-    """Without the report and the export, which have their own test, and without waiting for the disk."""
-    monkeypatch.setattr(os, "fsync", lambda handle: None)
-    monkeypatch.setattr(loop, "write_report", lambda directory: None)
-    monkeypatch.setattr(loop, "exportable", lambda run, console: False)
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -54,59 +28,9 @@ def _one_thread():
     torch.set_num_threads(before)
 
 
-def settings(shards, **changes):
-    model = ModelConfig(layers=4, hidden=32, heads=2, max_position=16, dropout=0.1)
-    own = {
-        "steps": 20,
-        "checkpoint_every": 1,
-        "keep": 99,
-        "eval_every": 7,
-        "log_every": 3,
-        "optim": OptimConfig(lr=1e-2),
-    }
-    return TrainConfig(model=model, data=replace(DATA, text=(str(shards),)), **own | changes)
-
-
 def two_stages(shards, *, options=MsltOptions(stages=2, joint=0.2), **changes):  # noqa: B008 (frozen)
     """Steps [0, 8) train layers 0-1, [8, 16) layers 2-3, [16, 20) all."""
     return mslt(settings(shards, **changes), options)
-
-
-def trained(config, out, **keywords):
-    return train(config, out, progress=False, **keywords)
-
-
-def state_after(out, step):
-    tensors, documents = checkpoint.load(out / "checkpoints" / f"step-{step}")
-    for name in MEASURED:
-        documents["state"].pop(name, None)
-    documents["state"]["since_log"].pop("seconds")
-    return tensors, documents
-
-
-def assert_same_state(left, right):
-    assert left[1] == right[1]
-    assert {f: set(named) for f, named in left[0].items()} == {f: set(named) for f, named in right[0].items()}
-    for file, named in left[0].items():
-        for name, tensor in named.items():
-            assert torch.equal(tensor, right[0][file][name]), f"{file}: {name}"
-
-
-def log_of(out):
-    """Events without what a clock decides; every line must be valid JSON."""
-    lines = (out / "metrics.jsonl").read_text().splitlines()
-    return [
-        {k: v for k, v in json.loads(line, parse_constant=pytest.fail).items() if k not in MEASURED} for line in lines
-    ]
-
-
-def go_back(out, step):
-    """As if the process had died after it saved `step` and logged some more."""
-    for path in checkpoint.saved(out / "checkpoints"):
-        if int(path.name[5:]) > step:
-            shutil.rmtree(path)
-    lines = [line for line in (out / "metrics.jsonl").read_text().splitlines() if '"event": "end"' not in line]
-    (out / "metrics.jsonl").write_text("\n".join(lines)[:-10])  # the last line is cut off
 
 
 # What a run writes

@@ -1,14 +1,28 @@
-"""Training methods: a file each, a function from a base configuration to one with stages, the paper in its docstring."""
+"""Training methods: a file each, a function from a base configuration to one with stages, the paper in its docstring.
+
+What a method may decide, and where each decision is carried out, so that the loop knows no method by name:
+
+    how deep, which layers learn      Stage.depth, .train_from, .embeddings: the active window, set by model.use
+    how new layers begin              Stage.grow: a map of the bank's rows (growth/), applied to weights and moments alike
+    the rate                          Stage.lr_policy, .lr_curve, .rewarm: plan.Span.lr, a function of the step alone
+    the optimizer's state             Stage.optimizer_state: copied by the same map, zero, or reset
+    another shape for the whole run   the recipe replaces fields of base.model, and says so in its docstring
+"""
 
 from __future__ import annotations
 
 from stackbert_kernels.recipes.baseline import BaselineOptions, baseline
+from stackbert_kernels.recipes.incremental import IncrementalOptions, incremental
 from stackbert_kernels.recipes.mslt import MsltOptions, mslt
+from stackbert_kernels.recipes.stacking import StackingOptions, stacking
 
 RECIPES = {
     "baseline": (baseline, BaselineOptions),
     "mslt": (mslt, MsltOptions),
+    "stacking": (stacking, StackingOptions),
+    "incremental": (incremental, IncrementalOptions),
 }
 """What --recipe accepts: the function, called as function(base, options), and the class of its options."""
 
-__all__ = ["RECIPES", "BaselineOptions", "MsltOptions", "baseline", "mslt"]
+__all__ = ["RECIPES", "BaselineOptions", "IncrementalOptions", "MsltOptions", "StackingOptions", "baseline", "incremental", "mslt",
+           "stacking"]  # fmt: skip

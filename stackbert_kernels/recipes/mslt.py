@@ -5,17 +5,17 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from stackbert_kernels.config import (
-    LR_POLICIES,
     OPTIMIZER_STATES,
     ConfigError,
     Stage,
     TrainConfig,
 )
 from stackbert_kernels.recipes.baseline import whole_run
+from stackbert_kernels.recipes.steps import divide, rewarm
 
 INITS = ("copy_top", "random", "identity")
 POLICIES = ("freeze", "output_grad", "untie", "full")
-LONGEST_REWARM = 1000
+LR_POLICIES = ("global", "restart")
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,7 @@ def mslt(base: TrainConfig, options: MsltOptions = MsltOptions()) -> TrainConfig
         )
     joint_steps = round(options.joint * base.steps)
     weights = options.stage_weights or (1.0,) * k
-    growth_steps = _divide(base.steps - joint_steps, weights)
+    growth_steps = divide(base.steps - joint_steps, weights)
     if min(growth_steps) < 1 or (options.joint > 0 and joint_steps < 1):
         raise ConfigError(
             f"mslt: steps must leave each of {k} stages and the joint one (share {options.joint}) at least 1, got steps {base.steps}"
@@ -97,14 +97,16 @@ def mslt(base: TrainConfig, options: MsltOptions = MsltOptions()) -> TrainConfig
         moved = (
             {}
             if i == 0
-            else {"grow": options.init, "embeddings": options.embeddings, "rewarm": _rewarm(steps, options)}
+            else {"grow": options.init, "embeddings": options.embeddings, "rewarm": rewarm(steps, options.rewarm)}
         )
         stages.append(
             _stage(options, f"layers {i * m}-{(i + 1) * m - 1}", steps, depth=(i + 1) * m, train_from=i * m, **moved)
         )
     if joint_steps:
         stages.append(
-            _stage(options, "joint", joint_steps, depth=layers, train_from=0, rewarm=_rewarm(joint_steps, options))
+            _stage(
+                options, "joint", joint_steps, depth=layers, train_from=0, rewarm=rewarm(joint_steps, options.rewarm)
+            )
         )
     return replace(base, stages=tuple(stages), recipe="mslt")
 
@@ -112,18 +114,3 @@ def mslt(base: TrainConfig, options: MsltOptions = MsltOptions()) -> TrainConfig
 def _stage(options: MsltOptions, name: str, steps: int, **window) -> Stage:
     return Stage(steps=steps, name=name, lr_policy=options.lr_policy, optimizer_state=options.optimizer_state,
                  frozen_dropout=options.frozen_dropout, **window)  # fmt: skip
-
-
-def _rewarm(steps: int, options: MsltOptions) -> int:
-    wanted = min(LONGEST_REWARM, steps // 10) if options.rewarm is None else options.rewarm
-    return min(wanted, steps)
-
-
-def _divide(steps: int, weights: tuple[float, ...]) -> list[int]:
-    """`steps` in proportion to `weights`, in whole numbers that sum to it: each boundary is rounded, not each share."""
-    total, done, shares = sum(weights), 0.0, []
-    for weight in weights:
-        first = round(steps * done / total)
-        done += weight
-        shares.append(round(steps * done / total) - first)
-    return shares
