@@ -4,7 +4,9 @@
     admission        what is refused before anything is looked for
     report           what was done, as a table
     plain            whether a module may be bypassed at a call
+    runs             which implementation of an op would run
     huggingface      which classes of transformers get which methods: blocks, encoder, masked_lm
+    torch_encoder    torch.nn.TransformerEncoder and its layers
 
 `sbk.patch` is both this package and its function, whichever was asked for first: the package can be called.
 """
@@ -23,7 +25,7 @@ from stackbert_kernels.patch import admission, swap
 from stackbert_kernels.patch.report import PatchReport, Row
 from stackbert_kernels.patch.swap import Parts, Replacement, Skipped
 
-FAMILIES = ("huggingface",)  # modules of this package; swap.py says what each must have
+FAMILIES = ("huggingface", "torch_encoder")  # modules of this package; swap.py says what each must have
 
 
 def patch(

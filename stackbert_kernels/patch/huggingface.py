@@ -9,12 +9,11 @@ import inspect
 import sys
 from collections.abc import Iterator
 
-import torch
 from torch import Tensor, nn
 
-from stackbert_kernels import ops
 from stackbert_kernels.patch import blocks, encoder
 from stackbert_kernels.patch.plain import plain, plain_norm
+from stackbert_kernels.patch.runs import runs
 from stackbert_kernels.patch.swap import Parts, Replacement, Skipped, Swapped
 
 FAMILIES = {"bert": "Bert", "roberta": "Roberta", "xlm_roberta": "XLMRoberta", "camembert": "Camembert", "electra": "Electra"}  # fmt: skip
@@ -59,25 +58,11 @@ def _known(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, str]]:
                 break
 
 
-# Which implementation would run, for the report and to leave alone what would only run the reference.
-
-
-def _runs(op: str, *shapes: tuple[int, ...], like: Tensor) -> tuple[str | None, str]:
-    """("op (native)", "") or (None, why). Autocast may give float32 parameters bfloat16 activations."""
-    why = ""
-    for dtype in dict.fromkeys((like.dtype, torch.bfloat16 if like.dtype == torch.float32 else like.dtype)):
-        explained = ops.explain(op, *(like.new_empty(shape, dtype=dtype) for shape in shapes))
-        if explained.chosen != "reference":
-            return f"{op} ({explained.chosen})", ""
-        why = why or "; ".join(explained.why_not.values())
-    return None, f"only its reference would run: {why}"
-
-
 def _one(name: str, part: str, module: nn.Module, kind: type, op: str, shape, like: Tensor, note="", options=None):
-    runs, why = _runs(op, shape, like=like)
-    if runs is None:
+    what, why = runs(op, shape, like=like)
+    if what is None:
         return [Skipped(name, part, why)]
-    return [Replacement(name, module, kind, {part: runs}, note, options)]
+    return [Replacement(name, module, kind, {part: what}, note, options)]
 
 
 # A plan for each role: (name, module, family, parts) -> entries.
@@ -138,7 +123,7 @@ def _embeddings(name, module, family, parts):
 def _transform(kind: type, names: tuple[str, str, str]):
     def transform(name, module, family, parts):
         dense, norm = getattr(module, names[0]), getattr(module, names[2])
-        runs, skipped = {}, []
+        made, skipped = {}, []
         wanted = {
             "gelu": (parts.gelu, "bias_gelu", _weight(dense)),
             "add_norm": (parts.add_norm, "layer_norm", norm.weight),
@@ -149,12 +134,12 @@ def _transform(kind: type, names: tuple[str, str, str]):
             if part == "gelu" and blocks.approximation(getattr(module, names[1], nn.functional.gelu)) is None:
                 skipped.append(Skipped(name, part, f"its activation is {_called(getattr(module, names[1]))}"))
                 continue
-            what, why = _runs(op, (1, len(like)), like=like)
+            what, why = runs(op, (1, len(like)), like=like)
             if what is None:
                 skipped.append(Skipped(name, part, why))
             else:
-                runs[part] = what
-        return [Replacement(name, module, kind, runs, options=names), *skipped]
+                made[part] = what
+        return [Replacement(name, module, kind, made, options=names), *skipped]
 
     return transform
 
@@ -233,7 +218,7 @@ def _encoders(model: nn.Module, found: list, parts: Parts, entries: list) -> lis
             made.append(Skipped(name, "unpad", "start and end are a softmax over all positions, padding included"))
         reads_first = getattr(module, "pooler", None) is not None or not set(above) <= set(READ_EVERY_COLUMN)
         options = encoder.Options(_arguments(module), unpad, family in COUNTS_TOKENS, reads_first)
-        runs = {"unpad": "tokens packed once"} if unpad else {"attention": "one look at the mask for all layers"}
+        what = {"unpad": "tokens packed once"} if unpad else {"attention": "one look at the mask for all layers"}
         note = "; ".join(["as for attention", *(["the first column has padding and a head reads it"] if unpad and reads_first else []), *(["inputs_embeds are given"] if unpad else [])])  # fmt: skip
-        made.append(Replacement(name, module, encoder.Encoder, runs, note, options))
+        made.append(Replacement(name, module, encoder.Encoder, what, note, options))
     return made
