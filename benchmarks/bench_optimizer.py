@@ -1,4 +1,4 @@
-"""adamw_: a step over all parameters of BERT. The layers are one bank [L, P]; peers get them as the tensors that a model has.
+"""adamw_, lamb_, lans_: a step over all parameters of BERT. The layers are one bank [L, P]; peers get them as the tensors that a model has.
 
 L layers, C hidden size, V words. Parameters, gradients and moments are float32; with copies=bf16 the step writes the new weights in
 bfloat16, too. global_norm: of all those gradients.
@@ -17,6 +17,7 @@ from .harness import STEP, Absent, Bench, Call, Case, Inputs, Peer
 from .peers import gpu_module
 
 NUMBERS = {"lr": 1e-4, "weight_decay": 0.01, "eps": 1e-8}
+LAYERWISE = {"lr": 1e-3, "weight_decay": 0.01, "eps": 1e-6}
 BETAS = (0.9, 0.999)
 STEPS = 100  # taken before
 STATE = ("exp_avg", "exp_avg_sq")
@@ -90,11 +91,12 @@ def written(t: Inputs, copies: dict[str, Tensor]) -> dict[str, Tensor]:
 
 def copies_of(case: Case, t: Inputs) -> dict[str, Tensor]:
     """The bfloat16 tensors that get the new weights, by name; none where the case has none."""
-    wanted = parameters(case) if case.options["copies"] == "bf16" else ()
+    wanted = parameters(case) if case.options.get("copies") == "bf16" else ()
     return {f"{name}.copy": torch.zeros_like(t[f"{name}.weight"], dtype=torch.bfloat16) for name in wanted}
 
 
-def ours(case: Case, t: Inputs, impl: str) -> Call:
+def step_of_ours(case: Case, t: Inputs, step, **options) -> Call:
+    """step(...) as ops.adamw_ takes it."""
     names, copies = parameters(case), copies_of(case, t)
     tensors = [[t[f"{name}.{kind}"] for name in names] for kind in ("weight", "grad", *STATE)]
     device = tensors[0][0].device
@@ -102,12 +104,14 @@ def ours(case: Case, t: Inputs, impl: str) -> Call:
     decay = [decayed for _, decayed in names.values()]
 
     def call():
-        ops.adamw_(
-            *tensors, steps, decay, **NUMBERS, beta1=BETAS[0], beta2=BETAS[1], copies=list(copies.values()), impl=impl
-        )
+        step(*tensors, steps, decay, beta1=BETAS[0], beta2=BETAS[1], copies=list(copies.values()), **options)
         return written(t, copies)
 
     return call
+
+
+def ours(case: Case, t: Inputs, impl: str) -> Call:
+    return step_of_ours(case, t, ops.adamw_, **NUMBERS, impl=impl)
 
 
 def model_tensors(case: Case, t: Inputs, kind: str) -> list[tuple[Tensor, bool]]:
@@ -200,6 +204,72 @@ ADAMW = Bench(
 )
 
 
+def ours_by_parts(step):
+    """lamb_ or lans_, each tensor of a layer a part of its row."""
+
+    def make(case: Case, t: Inputs, impl: str) -> Call:
+        matrices, vectors = layer_shapes(case["C"])
+        others = (torch.Size(shape).numel() for shape, _ in other_shapes(case).values())
+        rows = [[*matrices, *vectors], *([size] for size in others)]
+        return step_of_ours(case, t, step, parts=rows, **LAYERWISE, impl=impl)
+
+    return make
+
+
+def torch_layerwise(lans: bool):
+    """The formulas of csrc/optimizer/layerwise.h in plain PyTorch, tensor by tensor, without a wait for the device."""
+
+    def make(case: Case, t: Inputs) -> Call:
+        views = zip(*(model_tensors(case, t, kind) for kind in ("weight", "grad", *STATE)), strict=True)
+        tensors = [(w, g, m, v, decays) for (w, decays), (g, _), (m, _), (v, _) in views]
+        (beta1, beta2), lr, eps = BETAS, LAYERWISE["lr"], LAYERWISE["eps"]
+        taken = [STEPS]
+
+        def scaled(x: Tensor, w: Tensor, decays: bool) -> Tensor:
+            if not decays:
+                return x
+            x = x.add(w, alpha=LAYERWISE["weight_decay"])
+            own, length = w.norm(), x.norm()
+            return x * torch.where((own > 0) & (length > 0), own / length, 1.0)
+
+        def call():
+            taken[0] += 1
+            for w, g, m, v, decays in tensors:
+                if lans:
+                    length = g.norm()
+                    g = g / torch.where(length > 0, length + eps, 1.0)
+                m.lerp_(g, 1 - beta1)
+                v.mul_(beta2).addcmul_(g, g, value=1 - beta2)
+                down = (v / (1 - beta2 ** taken[0])).sqrt_().add_(eps)
+                change = scaled(m / (1 - beta1 ** taken[0]) / down, w, decays)
+                if lans:
+                    change = beta1 * change + (1 - beta1) * scaled(g / down, w, decays)
+                w.sub_(change, alpha=lr)
+            return written(t, {})
+
+        return call
+
+    return make
+
+
+def layerwise(op: str, bytes_of_an_element: int) -> Bench:
+    """The bytes are those of passes between which nothing stays on the chip: norms of whole tensors lie between them."""
+    return Bench(
+        op=op,
+        folder="optimizer",
+        cases=lambda device, quick: norm_cases(device, quick)[:1],
+        inputs=inputs,
+        ours=ours_by_parts(getattr(ops, op)),
+        peers=(Peer("torch", torch_layerwise(op == "lans_")),),
+        bytes_moved=lambda case, direction: bytes_of_an_element * elements(case),
+        flops=lambda case, direction: 0,
+        test="python_tests/ops/test_layerwise.py",
+    )
+
+
+LAMB, LANS = layerwise("lamb_", 40), layerwise("lans_", 48)
+
+
 def norm_cases(device: str, quick: bool) -> list[Case]:
     """The sizes of adamw_'s cases, once each."""
     plain = [case for case in cases(device, quick) if case.options["copies"] == "none"]
@@ -232,4 +302,4 @@ GLOBAL_NORM = Bench(
     test="python_tests/ops/test_optimizer.py",
 )
 
-BENCHES = (ADAMW, GLOBAL_NORM)
+BENCHES = (ADAMW, GLOBAL_NORM, LAMB, LANS)

@@ -152,6 +152,51 @@ AdamWRegion adamw_region(const Region& region) {
           decay};
 }
 
+// The parts of the regions: parts[i] are the sizes of those of a row of regions[i].
+std::vector<Part> parts_of(const char* op, const std::vector<Region>& regions,
+                           const std::vector<std::vector<int64_t>>& parts) {
+  if (parts.size() != regions.size())
+    throw std::invalid_argument(std::string(op) + ": parts must be as many as regions");
+  std::vector<Part> list;
+  for (size_t i = 0; i < regions.size(); ++i) {
+    const AdamWRegion region = adamw_region(regions[i]);
+    int64_t sum = 0;
+    for (const int64_t size : parts[i]) check_sizes(op, {size}), sum += size;
+    if (sum != region.size)
+      throw std::invalid_argument(std::string(op) + ": the parts of a row must sum to " + std::to_string(region.size) +
+                                  ", got " + std::to_string(sum));
+    for (int64_t row = 0; row < region.rows; ++row) {
+      int64_t at = row * region.size;
+      for (size_t k = 0; k < parts[i].size(); at += parts[i][k++])
+        list.push_back({region.weights + at, region.grads + at, region.exp_avg + at, region.exp_avg_sq + at,
+                        region.copies ? region.copies + at : nullptr, region.steps + row, parts[i][k],
+                        at - row * region.size < region.decay, k == 0});
+    }
+  }
+  return list;
+}
+
+void bind_layerwise(py::module_& m, const char* name, const char* op, void (*step)(const Layerwise&, Isa)) {
+  m.def(
+      name,
+      [op, step](const std::vector<Region>& regions, const std::vector<std::vector<int64_t>>& parts, double lr,
+                 double beta1, double beta2, double eps, double weight_decay, double max_norm, Address norm,
+                 Address scale, Address found_inf, Address skipped, int threads, const std::string& isa) {
+        const std::vector<Part> list = parts_of(op, regions, parts);
+        int64_t blocks = 0;
+        for (const Part& part : list) blocks += part_blocks(part.size);
+        std::vector<PartFactors> factors(list.size());
+        std::vector<PartSums> sums(static_cast<size_t>(blocks));
+        step({list.data(), static_cast<int64_t>(list.size()), factors.data(), sums.data(), lr, beta1, beta2, eps,
+              weight_decay, max_norm, pointer<const float>(norm), pointer<const float>(scale),
+              pointer<const float>(found_inf), pointer<float>(skipped), threads},
+             isa_named(isa));
+      },
+      py::arg("regions"), py::arg("parts"), py::arg("lr"), py::arg("beta1"), py::arg("beta2"), py::arg("eps"),
+      py::arg("weight_decay"), py::arg("max_norm"), py::arg("norm"), py::arg("scale"), py::arg("found_inf"),
+      py::arg("skipped"), py::arg("threads"), py::arg("isa") = "best", py::call_guard<py::gil_scoped_release>());
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
@@ -439,4 +484,6 @@ PYBIND11_MODULE(_C, m) {
       py::arg("regions"), py::arg("lr"), py::arg("beta1"), py::arg("beta2"), py::arg("eps"), py::arg("weight_decay"),
       py::arg("max_norm"), py::arg("norm"), py::arg("scale"), py::arg("found_inf"), py::arg("skipped"),
       py::arg("threads"), py::arg("isa") = "best", py::call_guard<py::gil_scoped_release>());
+  bind_layerwise(m, "lamb", "lamb_", &lamb);
+  bind_layerwise(m, "lans", "lans_", &lans);
 }

@@ -19,6 +19,7 @@
 #include "gelu/gelu.h"
 #include "layer_norm/layer_norm.h"
 #include "masked_lm_loss/masked_lm_loss.h"
+#include "optimizer/layerwise.h"
 #include "optimizer/optimizer.h"
 
 namespace stackbert {

@@ -89,6 +89,34 @@ EmbeddingInputs embedding_cuda_inputs(const Triple& ids, const Triple& tables,
 
 bool nothing_to_do(const Attention& a) { return a.sequences == 0 || a.heads == 0 || a.max_seqlen == 0; }
 
+void bind_layerwise(py::module_& m, const char* name, const char* op,
+                    void (*step)(const cuda::Layerwise&, int, void*)) {
+  m.def(
+      name,
+      [op, step](Address table, Address lines, Address factors, Address partials, int64_t parts, int64_t blocks,
+                 int elements, double lr, double beta1, double beta2, double eps, double weight_decay, double max_norm,
+                 Address norm, Address scale, Address found_inf, Address skipped, int device, Address stream) {
+        check_sizes(op, {parts, blocks});
+        if (parts > 0) check_addresses(op, {table, factors});
+        if (blocks > 0) check_addresses(op, {lines, partials});
+        if ((table | lines | factors) % 16 != 0)
+          throw std::invalid_argument(std::string(op) + ": table, lines and factors must begin on 16 bytes");
+        if (elements != cuda::kPartElements)
+          throw std::invalid_argument(std::string(op) + ": the table must be made for " +
+                                      std::to_string(cuda::kPartElements) + " elements a block, got " +
+                                      std::to_string(elements));
+        step({pointer<const cuda::PartLine>(table), pointer<const int32_t>(lines), pointer<float>(factors),
+              pointer<float>(partials), parts, blocks, lr, beta1, beta2, eps, weight_decay, max_norm,
+              pointer<const float>(norm), pointer<const float>(scale), pointer<const float>(found_inf),
+              pointer<float>(skipped)},
+             device, pointer(stream));
+      },
+      py::arg("table"), py::arg("lines"), py::arg("factors"), py::arg("partials"), py::arg("parts"), py::arg("blocks"),
+      py::arg("elements"), py::arg("lr"), py::arg("beta1"), py::arg("beta2"), py::arg("eps"), py::arg("weight_decay"),
+      py::arg("max_norm"), py::arg("norm"), py::arg("scale"), py::arg("found_inf"), py::arg("skipped"),
+      py::arg("device"), py::arg("stream"), py::call_guard<py::gil_scoped_release>());
+}
+
 }  // namespace
 
 #define ATTENTION_ARGUMENTS                                                                                           \
@@ -328,6 +356,9 @@ void bind_cuda(py::module_& m) {
       py::arg("lr"), py::arg("beta1"), py::arg("beta2"), py::arg("eps"), py::arg("weight_decay"), py::arg("max_norm"),
       py::arg("norm"), py::arg("scale"), py::arg("found_inf"), py::arg("skipped"), py::arg("device"), py::arg("stream"),
       py::call_guard<py::gil_scoped_release>());
+
+  bind_layerwise(m, "lamb_cuda", "lamb_", &cuda::lamb);
+  bind_layerwise(m, "lans_cuda", "lans_", &cuda::lans);
 
   m.def(
       "cross_entropy_blocks_cuda",

@@ -148,7 +148,10 @@ def cases() -> dict[str, tuple[list, Callable]]:
         ),
         # In place on a copy; its gradient is that of the copy, by torch.
         "duplicate_layers_": ([normal(6, 50)], lambda bank, impl: _duplicated(bank, impl)),
-        "adamw_": ([x, residual], lambda weights, grads, impl: _stepped(weights, grads, impl)),
+        **{
+            op: ([x, residual], lambda weights, grads, impl, op=op: _stepped(op, weights, grads, impl))
+            for op in ("adamw_", "lamb_", "lans_")
+        },
         "global_norm": ([x, residual], lambda *t, impl: _norm(t, impl)),
     }  # fmt: skip
 
@@ -171,7 +174,7 @@ def _duplicated(bank, impl: str):
         return ops.duplicate_layers_(bank.clone(), [0, 0, 1, 1, 2, 2], impl=impl)
 
 
-def _stepped(weights, grads, impl: str):
+def _stepped(op: str, weights, grads, impl: str):
     import torch
 
     from stackbert_kernels import ops
@@ -179,9 +182,11 @@ def _stepped(weights, grads, impl: str):
     wide = torch.promote_types(weights.dtype, torch.float32)  # parameters are never narrower
     weights, grads = weights.detach().to(wide, copy=True), grads.detach().to(wide)
     moments = [torch.zeros_like(weights) for _ in range(2)]
-    steps, norm = torch.zeros(len(weights), device=weights.device), grads.norm()
-    ops.adamw_(
-        [weights], [grads], [moments[0]], [moments[1]], [steps], [50], lr=0.1, weight_decay=0.5, norm=norm, max_norm=1.0, impl=impl
+    steps = torch.zeros(len(weights), device=weights.device)
+    parts, clipped = ({}, {"max_norm": 1.0}) if op == "adamw_" else ({"parts": [[20, 30, 22]]}, {})
+    getattr(ops, op)(
+        [weights], [grads], [moments[0]], [moments[1]], [steps], [50], lr=0.1, weight_decay=0.5, norm=grads.norm(), impl=impl,
+        **parts, **clipped,
     )  # fmt: skip
     return weights
 

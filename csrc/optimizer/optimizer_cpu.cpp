@@ -1,6 +1,7 @@
 #include "common/parallel.h"
 #include "common/simd.h"
 #include "optimizer/optimizer.h"
+#include "optimizer/step.h"
 
 namespace stackbert {
 namespace STACKBERT_ISA {
@@ -10,14 +11,6 @@ constexpr int64_t kAhead = 512;
 constexpr int64_t kBlock = 8192;  // elements of a task: enough work for a thread, enough tasks for many
 
 int64_t blocks_of_row(const AdamWRegion& region) { return (region.size + kBlock - 1) / kBlock; }
-
-// base^n by squaring: the same digits wherever it is computed.
-double power(double base, int64_t n) {
-  double result = 1.0;
-  for (; n > 0; n >>= 1, base *= base)
-    if (n & 1) result *= base;
-  return result;
-}
 
 // What all elements [begin, end) of a row share. All are rounded once, from double.
 struct Factors {
@@ -45,21 +38,6 @@ void update(const AdamWRegion& a, int64_t row, int64_t begin, int64_t end, const
   });
 }
 
-// In parts short enough for float32.
-double sum_of_squares(const float* x, int64_t begin, int64_t end) {
-  constexpr int64_t kPart = 512;
-  double total = 0.0;
-  for (int64_t i = begin; i < end; i += kPart) {
-    Floats squares{};
-    for_vectors(i, i + kPart < end ? i + kPart : end, [&](int64_t c, auto part) {
-      const Floats v = load(x + c, part);
-      squares = squares + v * v;
-    });
-    total += sum(squares);
-  }
-  return total;
-}
-
 }  // namespace
 
 void global_norm(const GlobalNorm& a) {
@@ -78,12 +56,8 @@ void global_norm(const GlobalNorm& a) {
 }
 
 void adamw(const AdamW& a) {
-  const float scale = a.scale ? *a.scale : 1.f, norm = (a.norm ? *a.norm : 0.f) * scale;
-  const bool skip = !__builtin_isfinite(norm) || (a.found_inf && !(*a.found_inf == 0.f));
-  if (a.skipped) a.skipped[0] += skip, a.skipped[1] = skip ? a.skipped[1] + 1.f : 0.f;
-  if (skip) return;
-  const float clip = a.max_norm > 0.0 ? static_cast<float>(a.max_norm) / (norm + 1e-6f) : 1.f;
-
+  const Decision all = decide(a);
+  if (all.skip) return;
   int64_t tasks = 0;
   for (int64_t i = 0; i < a.count; ++i) {
     const AdamWRegion& region = a.regions[i];
@@ -99,7 +73,7 @@ void adamw(const AdamW& a) {
     const int64_t steps = static_cast<int64_t>(region->steps[row]);
     const double correction1 = 1.0 - power(a.beta1, steps), correction2 = 1.0 - power(a.beta2, steps);
     Factors f;
-    f.gradient = scale * (clip < 1.f ? clip : 1.f);
+    f.gradient = all.factor;
     f.beta1 = static_cast<float>(a.beta1), f.rest1 = static_cast<float>(1.0 - a.beta1);
     f.beta2 = static_cast<float>(a.beta2), f.rest2 = static_cast<float>(1.0 - a.beta2);
     f.step_size = static_cast<float>(a.lr / correction1);

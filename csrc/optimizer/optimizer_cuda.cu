@@ -1,8 +1,7 @@
-#include <limits>
-
 #include "common/launch.cuh"
 #include "common/rows.cuh"
 #include "optimizer/optimizer.h"
+#include "optimizer/step.cuh"
 
 // The kernel is bound by memory: 28 bytes an element (30 with a copy), all in 16-byte accesses but the copies', which
 // are half as wide as the weights. A thread has the eight loads of its two vectors under way before it uses the first.
@@ -11,16 +10,6 @@
 namespace stackbert {
 namespace cuda {
 namespace {
-
-constexpr float kInfinity = std::numeric_limits<float>::infinity();
-
-// base^n by squaring: the same digits as on the CPU.
-STACKBERT_DEVICE double power(double base, int64_t n) {
-  double result = 1.0;
-  for (; n > 0; n >>= 1, base *= base)
-    if (n & 1) result *= base;
-  return result;
-}
 
 // factors: what the gradients are multiplied with, 1 if the step is skipped else 0; of each row: its step size,
 // 1 / sqrt(1 - beta2^t)
@@ -39,27 +28,20 @@ constexpr int kPrepareThreads = 64;
 
 // A thread a row.
 __global__ void __launch_bounds__(kPrepareThreads) prepare_kernel(const __grid_constant__ AdamW a) {
-  const float scale = a.scale ? ptx::load(a.scale) : 1.f, norm = (a.norm ? ptx::load(a.norm) : 0.f) * scale;
-  const bool finite = norm > -kInfinity && norm < kInfinity;  // false for NaN
-  const bool skip = !finite || (a.found_inf && !(ptx::load(a.found_inf) == 0.f));
-
+  const Decision all = decide(a);
   const int64_t row = static_cast<int64_t>(blockIdx.x) * kPrepareThreads + threadIdx.x;
   if (row < a.rows) {
     float* const at = reinterpret_cast<float*>(ptx::load(reinterpret_cast<const int64_t*>(&a.table[row].step)));
-    const float step = ptx::load(at) + (skip ? 0.f : 1.f);
-    if (!skip) ptx::store(at, step);
+    const float step = ptx::load(at) + (all.skip ? 0.f : 1.f);
+    if (!all.skip) ptx::store(at, step);
     const int64_t n = static_cast<int64_t>(step);
     const double correction1 = 1.0 - power(a.beta1, n), correction2 = 1.0 - power(a.beta2, n);
     store_pair(a.factors, 1 + row, static_cast<float>(a.lr / correction1),
                static_cast<float>(1.0 / ptx::square_root(correction2)));
   }
   if (row == 0) {
-    const float clip = a.max_norm > 0.0 ? static_cast<float>(a.max_norm) / (norm + 1e-6f) : 1.f;
-    store_pair(a.factors, 0, scale * (clip < 1.f ? clip : 1.f), skip ? 1.f : 0.f);
-    if (a.skipped) {
-      ptx::store(a.skipped, ptx::load(a.skipped) + (skip ? 1.f : 0.f));
-      ptx::store(a.skipped + 1, skip ? ptx::load(a.skipped + 1) + 1.f : 0.f);
-    }
+    store_pair(a.factors, 0, all.factor, all.skip ? 1.f : 0.f);
+    count(a.skipped, all.skip);
   }
 }
 
@@ -73,18 +55,6 @@ struct Update {
   const float* factors;
   float kept, beta1, rest1, beta2, rest2, eps;
 };
-
-// Of a row, in registers: sixteen bytes a load.
-template <typename Line>
-STACKBERT_DEVICE Line load_line(const Line* at) {
-  struct Words {
-    ptx::Words4 v[sizeof(Line) / 16];
-  } words;
-#pragma unroll
-  for (int i = 0; i < static_cast<int>(sizeof(Line) / 16); ++i)
-    words.v[i] = ptx::load(reinterpret_cast<const ptx::Words4*>(at) + i);
-  return ptx::bits_as<Line>(words);
-}
 
 template <int kWidth>
 struct Values {
@@ -112,13 +82,7 @@ struct Values {
     ptx::store_once(reinterpret_cast<Vector*>(line.exp_avg + i), m);
     ptx::store_once(reinterpret_cast<Vector*>(line.exp_avg_sq + i), v);
     ptx::store_once(reinterpret_cast<Vector*>(line.weights + i), w);
-    if (!line.copies) return;
-    if constexpr (kWidth == 1) {
-      Elements<bfloat16, 1>::from_floats(w.v).store(line.copies + i);
-    } else {
-      const ptx::Vec<uint32_t, 2> packed{{ptx::pack<bfloat16>(w.v[0], w.v[1]), ptx::pack<bfloat16>(w.v[2], w.v[3])}};
-      ptx::store_once(reinterpret_cast<ptx::Vec<uint32_t, 2>*>(line.copies + i), packed);
-    }
+    if (line.copies) store_copies(line.copies + i, w);
   }
 };
 
@@ -156,35 +120,14 @@ __global__ void __launch_bounds__(kThreads) adamw_kernel(const __grid_constant__
   }
 }
 
-constexpr int kNormVectors = kNormElements / (4 * kThreads);  // of a thread
-static_assert(kNormVectors * 4 * kThreads == kNormElements, "whole vectors");
-
 // The sum of squares of a block's elements.
 __global__ void __launch_bounds__(kThreads) squares_kernel(const __grid_constant__ GlobalNorm a) {
   const auto scratch = ptx::shared_memory().as<float>();
   const NormLine line = load_line(a.table + ptx::load(a.lines + blockIdx.x));
-  const int64_t block = static_cast<int64_t>(blockIdx.x) - line.first, first = block * kNormElements;
-  const int t = static_cast<int>(threadIdx.x);
-  float sum = 0.f;
-  if (block < line.wide) {
-    ptx::Vec<float, 4> x[kNormVectors];
-#pragma unroll
-    for (int v = 0; v < kNormVectors; ++v)
-      x[v] = ptx::load(reinterpret_cast<const ptx::Vec<float, 4>*>(line.elements + first) + v * kThreads + t);
-#pragma unroll
-    for (int v = 0; v < kNormVectors; ++v)
-#pragma unroll
-      for (int k = 0; k < 4; ++k) sum += x[v].v[k] * x[v].v[k];
-  } else {
-    const int64_t left = line.size - first;
-#pragma unroll 1
-    for (int e = t; e < kNormElements && e < left; e += kThreads) {
-      const float x = ptx::load(line.elements + first + e);
-      sum += x * x;
-    }
-  }
+  const int64_t block = static_cast<int64_t>(blockIdx.x) - line.first;
+  float sum = squares<kNormElements, kThreads>(line.elements, line.size, block * kNormElements, block < line.wide);
   sum = block_sum<kThreads / 32>(sum, scratch);
-  if (t == 0) ptx::store(a.partials + blockIdx.x, sum);
+  if (threadIdx.x == 0) ptx::store(a.partials + blockIdx.x, sum);
 }
 
 constexpr int kTotalThreads = 1024;
@@ -192,9 +135,7 @@ constexpr int kTotalThreads = 1024;
 // One block: a thread has every kTotalThreads-th of the partial sums.
 __global__ void __launch_bounds__(kTotalThreads) total_kernel(const __grid_constant__ GlobalNorm a) {
   const auto scratch = ptx::shared_memory().as<float>();
-  double own = 0.0;
-  for (int64_t i = threadIdx.x; i < a.blocks; i += kTotalThreads) own += static_cast<double>(ptx::load(a.partials + i));
-  const float sum = block_sum<kTotalThreads / 32>(static_cast<float>(own), scratch);
+  const float sum = total<kTotalThreads>(a.partials, a.blocks, scratch);
   if (threadIdx.x == 0) ptx::store(a.norm, ptx::square_root(sum));
 }
 

@@ -34,7 +34,13 @@ class Placed:
 
 def forget_tables() -> None:
     """Those that an earlier device had."""
-    for kept in (segments._table, segments._lines, segments._norm_table):
+    for kept in (
+        segments._table,
+        segments._lines,
+        segments._norm_table,
+        segments._part_table,
+        segments._part_lines,
+    ):
         kept.cache_clear()
 
 

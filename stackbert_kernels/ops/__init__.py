@@ -28,9 +28,9 @@ from stackbert_kernels.ops.layer_norm.op import (
 )
 from stackbert_kernels.ops.masked_lm_loss.op import OP as MASKED_LM_LOSS
 from stackbert_kernels.ops.masked_lm_loss.op import masked_lm_loss, masked_lm_predictions
+from stackbert_kernels.ops.optimizer.op import LAMB, LANS, adamw_, global_norm, lamb_, lans_
 from stackbert_kernels.ops.optimizer.op import NORM as GLOBAL_NORM
 from stackbert_kernels.ops.optimizer.op import OP as ADAMW
-from stackbert_kernels.ops.optimizer.op import adamw_, global_norm
 from stackbert_kernels.ops.philox import new_rng
 
 OPS: tuple[Op, ...] = (
@@ -44,6 +44,8 @@ OPS: tuple[Op, ...] = (
     MASKED_LM_LOSS,
     DUPLICATE_LAYERS,
     ADAMW,
+    LAMB,
+    LANS,
     GLOBAL_NORM,
 )
 
@@ -77,6 +79,8 @@ __all__ = [
     "embedding_layer_norm",
     "explain",
     "global_norm",
+    "lamb_",
+    "lans_",
     "layer_norm",
     "masked_lm_loss",
     "masked_lm_predictions",

@@ -1,4 +1,6 @@
-"""AdamW and the global norm by csrc/optimizer."""
+"""AdamW, LAMB, LANS and the global norm by csrc/optimizer."""
+
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -8,7 +10,8 @@ from stackbert_kernels.ops._library import _C
 from stackbert_kernels.ops.optimizer import segments
 
 BLOCK = 2048  # elements: kAdamWElements of csrc/optimizer/optimizer.h
-NORM_BLOCK = 4096  # kNormElements there
+PART_BLOCK = 2048  # kPartElements of csrc/optimizer/layerwise.h
+NORM_BLOCK = 4096  # kNormElements of optimizer.h
 
 NUMBERS = ("lr", "beta1", "beta2", "eps", "weight_decay", "max_norm")
 SCALARS = ("norm", "scale", "found_inf")
@@ -20,6 +23,17 @@ def _options(scalars: list[Tensor | None], numbers: list[float], skipped: Tensor
     return (
         dict(zip(NUMBERS, numbers, strict=True)) | addresses | {"skipped": 0 if skipped is None else skipped.data_ptr()}
     )
+
+
+def _regions(weights, grads, exp_avg, exp_avg_sq, steps, copies, decay) -> list[tuple[int, ...]]:
+    tensors = zip(weights, grads, exp_avg, exp_avg_sq, steps, copies or [None] * len(weights), decay, strict=True)
+    return [
+        (
+            w.data_ptr(), g.data_ptr(), m.data_ptr(), v.data_ptr(), t.data_ptr(), 0 if c is None else c.data_ptr(),
+            t.numel(), w.numel() // max(1, t.numel()), d,
+        )
+        for w, g, m, v, t, c, d in tensors
+    ]  # fmt: skip
 
 
 def adamw_(
@@ -35,19 +49,12 @@ def adamw_(
     numbers: list[float],
 ) -> None:
     grads = [g.contiguous() for g in grads]
-    tensors = zip(weights, grads, exp_avg, exp_avg_sq, steps, copies or [None] * len(weights), decay, strict=True)
     scalars = [None if s is None else s.float() for s in scalars]
     _C.adamw(
-        regions=[
-            (
-                w.data_ptr(), g.data_ptr(), m.data_ptr(), v.data_ptr(), t.data_ptr(), 0 if c is None else c.data_ptr(),
-                t.numel(), w.numel() // max(1, t.numel()), d,
-            )
-            for w, g, m, v, t, c, d in tensors
-        ],
+        regions=_regions(weights, grads, exp_avg, exp_avg_sq, steps, copies, decay),
         **_options(scalars, numbers, skipped),
         threads=torch.get_num_threads(),
-    )  # fmt: skip
+    )
 
 
 def adamw_cuda_(
@@ -102,3 +109,70 @@ def global_norm_cuda(tensors: list[Tensor]) -> Tensor:
         elements=NORM_BLOCK,
     )
     return norm
+
+
+def _layerwise(op: str) -> Callable[..., None]:
+    def step(
+        weights: list[Tensor],
+        grads: list[Tensor],
+        exp_avg: list[Tensor],
+        exp_avg_sq: list[Tensor],
+        steps: list[Tensor],
+        copies: list[Tensor],
+        skipped: Tensor | None,
+        decay: list[int],
+        parts: list[int],
+        scalars: list[Tensor | None],
+        numbers: list[float],
+    ) -> None:
+        grads = [g.contiguous() for g in grads]
+        scalars = [None if s is None else s.float() for s in scalars]
+        getattr(_C, op.rstrip("_"))(
+            regions=_regions(weights, grads, exp_avg, exp_avg_sq, steps, copies, decay),
+            parts=segments.parts_of(op, weights, steps, parts),
+            **_options(scalars, numbers, skipped),
+            threads=torch.get_num_threads(),
+        )
+
+    return step
+
+
+def _layerwise_cuda(op: str) -> Callable[..., None]:
+    def step(
+        weights: list[Tensor],
+        grads: list[Tensor],
+        exp_avg: list[Tensor],
+        exp_avg_sq: list[Tensor],
+        steps: list[Tensor],
+        copies: list[Tensor],
+        skipped: Tensor | None,
+        decay: list[int],
+        parts: list[int],
+        scalars: list[Tensor | None],
+        numbers: list[float],
+    ) -> None:
+        grads = [g.contiguous() for g in grads]
+        scalars = [None if s is None else s.float() for s in scalars]
+        sizes = segments.parts_of(op, weights, steps, parts)
+        table, lines = segments.part_tables(
+            weights, grads, exp_avg, exp_avg_sq, copies, steps, decay, sizes, PART_BLOCK
+        )
+        factors, partials = weights[0].new_empty(8 * len(table)), weights[0].new_empty(3 * len(lines))
+        library.launch(
+            f"{op}cuda",
+            weights[0],
+            table=table.data_ptr(),
+            lines=lines.data_ptr(),
+            factors=factors.data_ptr(),
+            partials=partials.data_ptr(),
+            parts=len(table),
+            blocks=len(lines),
+            elements=PART_BLOCK,
+            **_options(scalars, numbers, skipped),
+        )
+
+    return step
+
+
+lamb_, lamb_cuda_ = _layerwise("lamb_"), _layerwise_cuda("lamb_")
+lans_, lans_cuda_ = _layerwise("lans_"), _layerwise_cuda("lans_")
