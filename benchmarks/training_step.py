@@ -15,7 +15,7 @@ from stackbert_kernels.config import ConfigError, DataConfig, ModelConfig, Optim
 from stackbert_kernels.model.bert import Bert
 from stackbert_kernels.plan import baseline_stage, flops_per_token
 from stackbert_kernels.train.loop import check_machine
-from stackbert_kernels.train.optim import AdamW
+from stackbert_kernels.train.optim import Optimizer
 
 MASK = 103
 MASK_RATE = 0.15
@@ -129,7 +129,7 @@ class Ours:
         self.model = model
         model.impl = impl
         model.use(stage.depth, stage.train_from, stage.embeddings, stage.frozen_dropout)
-        self.optimizer = AdamW(model, config.optim)
+        self.optimizer = Optimizer(model, config.optim)
         self.optimizer.set_window(stage)
         self.rng = ops.new_rng(0, device=model.word.device)
 

@@ -57,6 +57,30 @@ def test_global_schedule_is_continuous_and_ends_near_zero():
     assert lr[550] == pytest.approx(5e-4)
 
 
+def test_lans_schedule():
+    """Its phase 1: 3,519 steps to 0.00675, of them 42.65% warm-up and 27.35% constant. The warm-up's step t is our t - 1; from there on
+    ours is a step later."""
+    steps, eta = 3519, 0.00675
+    parts = (0.4265 * steps, 0.2735 * steps)
+    for t, rate in ((1, 4.5e-6), (750, 0.0033731)):
+        assert eta * planning.schedule(t - 1, steps, *parts) == pytest.approx(rate, rel=1e-3 if t == 1 else 1.5e-5)
+    for t, rate in ((1501, eta), (2463, eta), (3000, 0.0033184), (3519, 0.0)):
+        assert eta * planning.schedule(t, steps, *parts) == pytest.approx(rate, rel=1.5e-5)
+    lr = rates(replace(BASE, optim=OptimConfig(lr=1e-3, warmup=100, constant=300)))
+    assert lr[98] < lr[99] == lr[400] == 1e-3 and lr[250] == 1e-3 > lr[401] and lr[700] == pytest.approx(5e-4)
+    assert lr[-1] == pytest.approx(1e-3 / 600)
+
+
+def test_a_stage_of_its_own_has_its_share_of_the_constant_part():
+    config = replace(BASE, optim=OptimConfig(lr=1e-3, warmup=100, constant=300))
+    lr = rates(mslt(config, MsltOptions(lr_policy="restart")))
+    span = plan(mslt(config, MsltOptions(lr_policy="restart")))[1]
+    share = round(300 * span.stage.steps / 1000)
+    warmup = span.stage.rewarm or round(100 * span.stage.steps / 1000)
+    own = lr[span.first : span.last]
+    assert own[warmup - 1] == own[warmup + share] == 1e-3 > own[warmup + share + 1]
+
+
 def test_warmup_of_zero_is_two_percent():
     assert planning.warmup_steps(BASE) == 20 and planning.warmup_steps(replace(BASE, steps=10, stages=())) == 1
     lr = rates(BASE)

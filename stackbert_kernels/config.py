@@ -18,6 +18,7 @@ OBJECTIVES = ("mlm", "mlm+nsp", "mlm+sop")
 EMBEDDING_POLICIES = ("train", "freeze", "output_grad", "untie", "full")
 OPTIMIZER_STATES = ("copy", "zero", "reset")
 LR_POLICIES = ("global", "restart", "curve")
+OPTIMIZERS = ("adamw", "lamb", "lans")
 IMPLEMENTATIONS = ("auto", "reference", "native", "triton")
 GROWTH_OPERATORS = ("copy_top", "stack", "interleave", "random", "identity")
 """The names of growth/depth.py's operators: known here so that a wrong one is refused before torch is loaded."""
@@ -145,12 +146,16 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class OptimConfig:
-    """AdamW with warm-up and linear decay to zero."""
+    """The optimizer, and a rate that warms up, may stay, and decays linearly to zero."""
 
+    optimizer: str = "adamw"
+    """adamw, lamb (a trust ratio for each parameter) or lans (that, with normalised gradients and Nesterov's momentum)."""
     lr: float = 1e-4
     """Highest learning rate."""
     warmup: int = 0
     """Steps of linear warm-up; 0 = 2% of all steps."""
+    constant: int = 0
+    """Steps at the highest rate between warm-up and decay."""
     beta1: float = 0.9
     """Decay of the mean of gradients."""
     beta2: float = 0.999
@@ -160,7 +165,7 @@ class OptimConfig:
     weight_decay: float = 0.01
     """Decoupled; of matrices and embeddings, not of biases and norms."""
     clip: float = 1.0
-    """Largest global gradient norm; 0 = no clipping."""
+    """Largest global gradient norm; 0 = no clipping. lans has none: there the length of gradients does not matter."""
     accumulate: int = 1
     """Parts into which a step's batch is cut, one backward each."""
     skip_limit: int = 10
@@ -168,8 +173,13 @@ class OptimConfig:
 
     def __post_init__(self):
         _positive(lr=self.lr, eps=self.eps, accumulate=self.accumulate, skip_limit=self.skip_limit)
+        _one_of("optimizer", self.optimizer, OPTIMIZERS)
+        _require(
+            self.optimizer == "adamw" or self.eps >= 1e-30,
+            f"eps must be >= 1e-30 with optimizer {self.optimizer}, got {self.eps}",
+        )
         _fraction(beta1=self.beta1, beta2=self.beta2)
-        for name in ("warmup", "weight_decay", "clip"):
+        for name in ("warmup", "constant", "weight_decay", "clip"):
             _require(getattr(self, name) >= 0, f"{name} must be >= 0, got {getattr(self, name)}")
 
 
@@ -272,6 +282,11 @@ class TrainConfig:
         _require(
             self.optim.warmup < self.steps,
             f"warmup must be < steps, got warmup {self.optim.warmup}, steps {self.steps}",
+        )
+        _require(
+            self.optim.constant == 0 or self.optim.warmup + self.optim.constant < self.steps,
+            f"warmup + constant must be < steps, got warmup {self.optim.warmup}, constant {self.optim.constant}, "
+            f"steps {self.steps}",
         )
         if not self.stages:
             object.__setattr__(self, "stages", (Stage(steps=self.steps, depth=self.model.layers, name="all layers"),))

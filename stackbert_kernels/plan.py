@@ -46,9 +46,10 @@ class Span:
             return config.optim.lr * on_curve(stage.lr_curve, local)
         if stage.lr_policy == "restart":
             warmup = stage.rewarm or max(1, round(warmup * stage.steps / config.steps))
-            return config.optim.lr * warmup_then_decay(local, stage.steps, warmup)
+            constant = round(config.optim.constant * stage.steps / config.steps)
+            return config.optim.lr * schedule(local, stage.steps, warmup, constant)
         again = min(1.0, (local + 1) / stage.rewarm) if stage.rewarm else 1.0
-        return config.optim.lr * warmup_then_decay(step, config.steps, warmup) * again
+        return config.optim.lr * schedule(step, config.steps, warmup, config.optim.constant) * again
 
 
 def plan(config: TrainConfig) -> list[Span]:
@@ -72,11 +73,15 @@ def warmup_steps(config: TrainConfig) -> int:
     return config.optim.warmup or max(1, round(WARMUP_SHARE * config.steps))
 
 
-def warmup_then_decay(step: int, steps: int, warmup: int) -> float:
-    """1/warmup, 2/warmup, ... 1 at step warmup - 1 and at step `warmup`, then linearly to 0 at `steps`, which is never executed."""
+def schedule(step: float, steps: float, warmup: float, constant: float = 0) -> float:
+    """1/warmup, 2/warmup, ... 1 at step warmup - 1 and up to step warmup + constant, then linearly to 0 at `steps`, which is never
+    executed. With a constant part it is the schedule of LANS (Zheng et al. 2020, arXiv 2006.13484), whose last step has the rate 0: the
+    decay is one step later here."""
     if step < warmup:
         return (step + 1) / warmup
-    return (steps - step) / (steps - warmup)
+    if step < warmup + constant:
+        return 1.0
+    return (steps - step) / (steps - warmup - constant)
 
 
 def on_curve(points: Sequence[Sequence[float]], step: float) -> float:

@@ -10,7 +10,7 @@ from stackbert_kernels import ops
 from stackbert_kernels.config import ConfigError, OptimConfig, Stage
 from stackbert_kernels.growth.apply import LAST_OF_BRANCH, grow
 from stackbert_kernels.growth.depth import layer_map
-from stackbert_kernels.train.optim import AdamW
+from stackbert_kernels.train.optim import Optimizer
 
 FIRST = Stage(steps=2, depth=2)
 
@@ -28,7 +28,7 @@ def trained(steps: int = 2, **changes):
     """A model of which two of four layers have been trained, and its optimizer."""
     model = tiny(**changes)
     model.use(FIRST.depth)
-    optimizer = AdamW(model, OptimConfig(lr=1e-2))
+    optimizer = Optimizer(model, OptimConfig(lr=1e-2))
     optimizer.set_window(FIRST)
     train(model, optimizer, range(steps))
     return model, optimizer
@@ -197,7 +197,7 @@ def test_a_grown_run_resumes_bit_for_bit():
 
     again = tiny(seed=9)
     again.use(grown.depth, grown.train_from, grown.embeddings)
-    again_optimizer = AdamW(again, OptimConfig(lr=1e-2))
+    again_optimizer = Optimizer(again, OptimConfig(lr=1e-2))
     again_optimizer.set_window(grown)
     again.load_state_dict(weights)
     again_optimizer.load_state_dict(state)

@@ -1,4 +1,4 @@
-"""AdamW over the bank: torch's AdamW on the window, nothing at all elsewhere."""
+"""The optimizer over the bank: torch's AdamW on the window, LAMB and LANS by parameter, nothing at all elsewhere."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from model.samples import batch, tiny
 
 from stackbert_kernels import ops
 from stackbert_kernels.config import OptimConfig, Stage
-from stackbert_kernels.train.optim import AdamW
+from stackbert_kernels.train.optim import Optimizer
 
 CONFIG = OptimConfig(lr=1e-2, weight_decay=0.1)
 STAGE_1 = Stage(steps=1, depth=2)
@@ -33,7 +33,7 @@ def enter(model, optimizer, stage: Stage) -> None:
 def make(stage: Stage = JOINT, config: OptimConfig = CONFIG, **changes):
     model = tiny(**changes)
     model.use(stage.depth, stage.train_from, stage.embeddings)
-    optimizer = AdamW(model, config)
+    optimizer = Optimizer(model, config)
     optimizer.set_window(stage)
     return model, optimizer
 
@@ -99,6 +99,62 @@ def test_matches_torch(stage, max_norm):
         for (name, p), (_, q) in zip(ours.named_parameters(), twin.named_parameters(), strict=True):
             ulps = 4 * (step + 1) * torch.finfo(torch.float32).eps
             torch.testing.assert_close(p, q, rtol=ulps, atol=ulps * lr, msg=lambda m, name=name: f"{name}: {m}")
+
+
+@pytest.mark.parametrize("name", ["lamb", "lans"])
+@pytest.mark.parametrize("stage", [JOINT, STAGE_2], ids=["all", "upper"])
+def test_lamb_and_lans_take_each_parameter_of_each_layer_for_itself(name, stage):
+    """Bit for bit: each parameter that learns, as a tensor of its own."""
+    model, optimizer = make(stage, OptimConfig(optimizer=name, weight_decay=0.1), objective="mlm+nsp")
+    alone = {
+        n: [t.detach().clone() for t in (p, torch.zeros_like(p), torch.zeros_like(p), torch.zeros(()))]
+        for n, p in model.named_parameters()
+        if p.requires_grad
+    }
+    frozen = {n: p.detach().clone() for n, p in model.named_parameters() if not p.requires_grad}
+    for step in range(3):
+        optimizer.zero_grad()
+        loss = backward(model, step, pair=True)
+        norm = optimizer.clip(1.0)
+        for n, p in model.named_parameters():
+            if p.requires_grad:
+                w, m, v, t = alone[n]
+                clip = {"max_norm": 1.0} if name == "lamb" else {}
+                call = ops.lamb_ if name == "lamb" else ops.lans_
+                adapted = p.numel() if p.dim() >= 2 else 0
+                call([w], [p.grad], [m], [v], [t], [adapted], lr=1e-2, weight_decay=0.1, norm=norm, **clip)
+        assert optimizer.step(1e-2, loss=loss) == 0.0
+    for n, p in model.named_parameters():
+        assert torch.equal(p, alone[n][0] if n in alone else frozen[n]), n
+
+
+@pytest.mark.parametrize("name", ["lamb", "lans"])
+def test_lamb_and_lans_keep_what_is_frozen_and_come_back_bit_for_bit(name):
+    config = OptimConfig(optimizer=name)
+    model, optimizer = make(STAGE_1, config)
+    train(model, optimizer, range(2))
+    enter(model, optimizer, STAGE_2)
+    before = everything(model, optimizer)
+    state = {n: tensor.clone() for n, tensor in optimizer.state_dict().items()}
+    weights = {n: p.detach().clone() for n, p in model.named_parameters()}
+    train(model, optimizer, range(2, 4))
+    moved = changed(before, everything(model, optimizer))
+    assert {f"weights {n}" for n, p in model.named_parameters() if p.requires_grad} == {
+        n for n in moved if n.startswith("weights")
+    }
+    assert torch.equal(optimizer.exp_avg[:2], before["exp_avg"][:2]) and optimizer.steps.tolist() == [2, 2, 2, 2]
+
+    again, again_optimizer = make(STAGE_2, config, seed=1)
+    again.load_state_dict(weights)
+    again_optimizer.load_state_dict(state)
+    train(again, again_optimizer, range(2, 4))
+    assert not changed(everything(model, optimizer), everything(again, again_optimizer))
+
+    backward(model, 4)
+    model.bank.layers[2].inner_bias.grad[3] = float("nan")
+    before = everything(model, optimizer)
+    assert optimizer.step(1e-2) == 1.0
+    assert changed(before, everything(model, optimizer)) == {"skipped"}
 
 
 def test_biases_and_norms_do_not_decay():

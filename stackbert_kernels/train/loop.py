@@ -27,7 +27,7 @@ from stackbert_kernels.plan import Span, flops_per_token, plan, relative_step_co
 from stackbert_kernels.train import checkpoint
 from stackbert_kernels.train.console import Console
 from stackbert_kernels.train.export import export, exportable, exported
-from stackbert_kernels.train.optim import AdamW
+from stackbert_kernels.train.optim import Optimizer
 from stackbert_kernels.train.report import write_report
 from stackbert_kernels.train.run_directory import REPORT, Metrics, Run, cut_metrics, locked, open_run, read_metrics
 
@@ -78,7 +78,7 @@ def _execute(run: Run, progress: bool) -> dict:
     checkpoint.clean(run.checkpoints)
 
     model = Bert(config.model, seed=config.seed, device=device, impl=config.impl)
-    optimizer = AdamW(model, config.optim)
+    optimizer = Optimizer(model, config.optim)
     with Console(config.steps, shown=progress) as console:
         state = _restore(run, model, optimizer, console)
         batches = Batches(run.data, config.data, config.model.objective, config.seed)
@@ -142,7 +142,7 @@ def _execute(run: Run, progress: bool) -> dict:
 
 
 def _step(
-    model: Bert, optimizer: AdamW, parts: list[Batch], step: int, lr: float, config: TrainConfig
+    model: Bert, optimizer: Optimizer, parts: list[Batch], step: int, lr: float, config: TrainConfig
 ) -> tuple[float, float, bool]:
     """Loss, gradient norm, and whether the step was skipped because one of them is not finite."""
     predictions, sequences = max(1, sum(len(p.masked) for p in parts)), sum(p.sequences for p in parts)
@@ -232,13 +232,13 @@ def _index(spans: list[Span], step: int) -> int:
     return next((span.index for span in spans if step < span.last), len(spans))
 
 
-def _use(model: Bert, optimizer: AdamW, span: Span) -> None:
+def _use(model: Bert, optimizer: Optimizer, span: Span) -> None:
     stage = span.stage
     model.use(stage.depth, stage.train_from, stage.embeddings, stage.frozen_dropout)
     optimizer.set_window(stage)
 
 
-def _save(run: Run, model: Bert, optimizer: AdamW, state: State) -> Path:
+def _save(run: Run, model: Bert, optimizer: Optimizer, state: State) -> Path:
     tensors = {
         "model": {"bank": model.bank.weights, **model.always_on_parameters()},
         "optimizer": optimizer.state_dict(),
@@ -251,7 +251,7 @@ def _inside(run: Run, path: Path) -> str:
     return str(path.relative_to(run.directory))
 
 
-def _restore(run: Run, model: Bert, optimizer: AdamW, console: Console) -> State:
+def _restore(run: Run, model: Bert, optimizer: Optimizer, console: Console) -> State:
     """Puts the newest valid checkpoint in place, and the log back to where it was then; a new State where there is none."""
     path = checkpoint.latest(run.checkpoints, warn=console.line)
     if path is None:
@@ -349,7 +349,7 @@ def _already_finished(run: Run, progress: bool) -> dict:
     with Console(run.config.steps, shown=progress) as console:
         if not exported(run) and exportable(run, console):
             model = Bert(run.config.model, device=torch.device("cpu"))
-            _restore(run, model, AdamW(model, run.config.optim), console)
+            _restore(run, model, Optimizer(model, run.config.optim), console)
             export(run, model)
     if not (run.directory / REPORT).exists():
         write_report(run.directory)
@@ -397,8 +397,7 @@ def _kernels(config: TrainConfig, device: torch.device) -> dict[str, str]:
     parameter = torch.empty(1, config.model.hidden, device=device)
     samples = {
         "attention": torch.empty(1, config.model.heads, config.model.head_dim, dtype=dtype, device=device),
-        "embedding_layer_norm": parameter,
-        "adamw_": parameter,
+        **dict.fromkeys(("embedding_layer_norm", "adamw_", "lamb_", "lans_", "global_norm"), parameter),
     }
     try:
         return {op.name: op.resolve(config.impl, samples.get(op.name, stream)) for op in ops.OPS}

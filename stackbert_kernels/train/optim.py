@@ -1,4 +1,4 @@
-"""AdamW over the rows of a LayerBank that a stage trains, and the always-on parameters.
+"""The optimizer over the rows of a LayerBank that a stage trains, and the always-on parameters.
 
 L layers, P elements of a bank row.
 """
@@ -24,13 +24,14 @@ class Moments:
     step: Tensor  # float32 scalar
 
 
-class AdamW:
-    """Adam with decoupled weight decay (Loshchilov & Hutter, arXiv 1711.05101), by ops.adamw_.
+class Optimizer:
+    """AdamW, LAMB or LANS, as config.optimizer says, by ops.adamw_, lamb_ or lans_.
 
         exp_avg, exp_avg_sq  [L, P] float32  moments of the bank's rows
         steps                [L] float32     steps that each row has taken
 
-    Matrices and embeddings decay, biases and norms do not (the recipe of BERT). Only the window and the always-on parameters with
+    Matrices and embeddings decay, biases and norms do not (the recipe of BERT); in LAMB and LANS those are left out of the trust ratio, too,
+    which each other parameter of each layer has for itself (the matrix of queries, keys and values counts as one). Only the window and the always-on parameters with
     requires_grad are touched: a frozen row keeps its weights, moments and count bit for bit, and nothing is allocated for an
     always-on parameter that never learned. A step whose loss or gradient norm is not finite changes nothing, decided on the device
     without a wait. Made for a model on its final device; call `set_window` after each `model.use`.
@@ -45,6 +46,11 @@ class AdamW:
         self.skipped = torch.zeros(2, device=bank.weights.device)  # steps skipped: in all, in a row until now
         self.norm: Tensor | None = None
         self._max_norm = 0.0
+        ends = [
+            *(slot.offset for slot in bank.layout[1:]),
+            bank.weights.shape[1],
+        ]  # padding has neither weights nor gradients
+        self._parts = [end - slot.offset for slot, end in zip(bank.layout, ends, strict=True)]
         self._follow_model()
 
     def set_window(self, stage: Stage) -> None:
@@ -53,7 +59,7 @@ class AdamW:
         The first call of a stage that is entered, and before load_state_dict when a run resumes inside it.
         """
         if self.model.bank.window != (stage.train_from, stage.depth):
-            raise ValueError(f"AdamW.set_window: model.use must set the window [{stage.train_from}, {stage.depth}) first, "
+            raise ValueError(f"Optimizer.set_window: model.use must set the window [{stage.train_from}, {stage.depth}) first, "
                              f"got {list(self.model.bank.window)}")  # fmt: skip
         if stage.optimizer_state == "reset":
             self.reset()
@@ -85,20 +91,21 @@ class AdamW:
         self.norm = None
 
     def gradients(self) -> list[Tensor]:
-        """Exactly what this stage trains: a dense row a layer of the window, and the always-on gradients that exist."""
+        """Exactly what this stage trains: the dense rows of the window, and the always-on gradients that exist."""
         if self.model.bank.window != self._window:
-            raise ValueError(f"AdamW: set_window must follow model.use; the window is {list(self.model.bank.window)}, "
+            raise ValueError(f"Optimizer: set_window must follow model.use; the window is {list(self.model.bank.window)}, "
                              f"the optimizer's {list(self._window)}")  # fmt: skip
-        first, last = self._window
-        return [*self.model.bank.grads[first:last].unbind(), *(p.grad for _, p in self._learning if p.grad is not None)]
+        _, grads, *_ = self._rows
+        return [grads, *(p.grad for _, p in self._learning if p.grad is not None)]
 
     @torch.no_grad()
     def clip(self, max_norm: float) -> Tensor:
         """Global norm of the gradients, a scalar on their device; the next `step` scales them to at most max_norm (0: as they are).
 
-        The scaling is a factor inside the kernel, so it costs no pass over the gradients, which keep their values.
+        The scaling is a factor inside the kernel, so it costs no pass over the gradients, which keep their values. LANS, which divides each
+        gradient by its own norm, scales nothing.
         """
-        self.norm, self._max_norm = torch.nn.utils.get_total_norm(self.gradients()), max_norm
+        self.norm, self._max_norm = ops.global_norm(self.gradients(), impl=self.model.impl), max_norm
         return self.norm
 
     @torch.no_grad()
@@ -107,20 +114,29 @@ class AdamW:
         scalar on the device; `skipped` counts them."""
         if self.norm is None:
             self.clip(0.0)
-        regions = [(*self._rows, self.model.bank.decay_size)]
+        regions = [(*self._rows, self.model.bank.decay_size, self._parts)]
         for name, parameter in self._learning:
             if parameter.grad is None:  # a head that this batch had no labels for
                 continue
-            moments = self.always_on[name]
-            decay = parameter.numel() if parameter.dim() >= 2 else 0
-            regions.append((parameter, parameter.grad, moments.exp_avg, moments.exp_avg_sq, moments.step, decay))
-        ops.adamw_(
-            *zip(*regions, strict=True), lr=lr, beta1=self.config.beta1, beta2=self.config.beta2, eps=self.config.eps,
-            weight_decay=self.config.weight_decay, norm=self.norm, max_norm=self._max_norm,
+            moments, size = self.always_on[name], parameter.numel()
+            decay = size if parameter.dim() >= 2 else 0
+            regions.append(
+                (parameter, parameter.grad, moments.exp_avg, moments.exp_avg_sq, moments.step, decay, [size])
+            )
+        *tensors, parts = zip(*regions, strict=True)
+        options = {
+            "lr": lr, "beta1": self.config.beta1, "beta2": self.config.beta2, "eps": self.config.eps,
+            "weight_decay": self.config.weight_decay, "norm": self.norm,
             # 0 if it is finite, else NaN
-            found_inf=None if loss is None else loss.detach() - loss.detach(),
-            skipped=self.skipped, impl=self.model.impl,
-        )  # fmt: skip
+            "found_inf": None if loss is None else loss.detach() - loss.detach(),
+            "skipped": self.skipped, "impl": self.model.impl,
+        }  # fmt: skip
+        if self.config.optimizer == "adamw":
+            ops.adamw_(*tensors, max_norm=self._max_norm, **options)
+        elif self.config.optimizer == "lamb":
+            ops.lamb_(*tensors, parts, max_norm=self._max_norm, **options)
+        else:
+            ops.lans_(*tensors, parts, **options)
         self.norm = None
         return self.skipped[1].clamp(max=1.0)
 
@@ -167,11 +183,11 @@ class AdamW:
         for what, names in (("lacks", own.keys() - state.keys()), ("has unknown", state.keys() - own.keys())):
             if names:
                 more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-                raise ValueError(f"AdamW.load_state_dict: the state {what} {', '.join(sorted(names)[:3])}{more}")
+                raise ValueError(f"Optimizer.load_state_dict: the state {what} {', '.join(sorted(names)[:3])}{more}")
         for name, tensor in own.items():
             if state[name].shape != tensor.shape:
                 raise ValueError(
-                    f"AdamW.load_state_dict: {name} must be {list(tensor.shape)}, got {list(state[name].shape)}"
+                    f"Optimizer.load_state_dict: {name} must be {list(tensor.shape)}, got {list(state[name].shape)}"
                 )
         for bank in (self.exp_avg, self.exp_avg_sq, self.steps):
             bank[self.model.depth :].zero_()
