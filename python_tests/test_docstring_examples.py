@@ -66,6 +66,8 @@ def given(name: str) -> dict[str, object]:
         "ops.masked_lm_predictions": decoder,
         "ops.embedding_layer_norm": {**ids, **tables, **norm, "eps": 1e-12, "p": 0.0},
         "ops.adamw_": {"weights": weights, "max_norm": 1.0, "lr": 0.1},
+        "ops.lamb_": {"weights": weights, "lr": 0.1},
+        "ops.lans_": {"weights": weights, "lr": 0.1},
         "ops.global_norm": {"tensors": [w.grad for w in weights]},
         "ops.duplicate_layers_": {"bank": torch.randn(8, C)},
         "ops.duplicate_banks_": {"banks": [torch.randn(8, C), torch.arange(7)]},

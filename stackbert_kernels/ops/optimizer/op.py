@@ -276,6 +276,18 @@ def lamb_(
         eps       at least 1e-30
 
     All else is as of adamw_, the skipped step included. Norms are deterministic sums on the device. An element moves 40 bytes.
+
+    Before:
+        with torch.no_grad():
+            for w in weights:  # a first step: the corrected moments are the gradient and its square
+                direction = w.grad / (w.grad.abs() + 1e-6) + 0.01 * w
+                w -= lr * w.norm() / direction.norm() * direction
+    After:
+        grads = [w.grad for w in weights]
+        exp_avg, exp_avg_sq = ([torch.zeros_like(w) for w in weights] for _ in range(2))
+        steps, decay = [torch.zeros(()) for w in weights], [w.numel() for w in weights]
+        with torch.no_grad():
+            sbk.ops.lamb_(weights, grads, exp_avg, exp_avg_sq, steps, decay, lr=lr)
     """
     _layerwise(
         LAMB, _lamb_, (weights, exp_avg, exp_avg_sq, steps, copies), grads, skipped, decay, parts, [norm, scale, found_inf],
@@ -311,6 +323,19 @@ def lans_(
     Arguments as of lamb_; there is no clipping, because the length of a gradient does not matter. `norm` only decides whether the step is
     taken. Parts behind `decay` have their gradients normalised too, but neither weight decay nor trust ratio: our choice, the paper's code
     has the ratio for all. An element moves 48 bytes.
+
+    Before:
+        with torch.no_grad():
+            for w in weights:  # a first step: mean and gradient are the same, so both terms are
+                g = w.grad / (w.grad.norm() + 1e-6)
+                direction = g / (g.abs() + 1e-6) + 0.01 * w
+                w -= lr * w.norm() / direction.norm() * direction
+    After:
+        grads = [w.grad for w in weights]
+        exp_avg, exp_avg_sq = ([torch.zeros_like(w) for w in weights] for _ in range(2))
+        steps, decay = [torch.zeros(()) for w in weights], [w.numel() for w in weights]
+        with torch.no_grad():
+            sbk.ops.lans_(weights, grads, exp_avg, exp_avg_sq, steps, decay, lr=lr)
     """
     _layerwise(
         LANS, _lans_, (weights, exp_avg, exp_avg_sq, steps, copies), grads, skipped, decay, parts, [norm, scale, found_inf],
