@@ -61,7 +61,7 @@ REFUSED = [
     (lambda: Stage(steps=1, depth=3, embeddings="tie"), "embeddings must be one of train, freeze, output_grad, untie, full, got 'tie'"),
     (lambda: Stage(steps=1, depth=3, train_from=1), "embeddings cannot be 'train' where train_from is 1"),
     (lambda: Stage(steps=1, depth=3, optimizer_state="keep"), "optimizer_state must be one of copy, zero, reset, got 'keep'"),
-    (lambda: Stage(steps=1, depth=3, lr_policy="cosine"), "lr_policy must be one of global, restart, got 'cosine'"),
+    (lambda: Stage(steps=1, depth=3, lr_policy="cosine"), "lr_policy must be one of global, restart, curve, got 'cosine'"),
     (lambda: Stage(steps=5, depth=3, rewarm=6), "rewarm must be in [0, steps], got rewarm 6, steps 5"),
     (lambda: stages(Stage(steps=1, depth=4, grow="stack")), "stages[0]: there is nothing to grow from, got grow='stack'"),
     (lambda: stages(Stage(steps=1, depth=2), Stage(steps=1, depth=4)), "stages[1]: depth 2 -> 4 needs grow, got grow=None"),
