@@ -27,6 +27,8 @@ from pathlib import Path
 
 from stackbert_kernels.config import ConfigError, DataConfig, ModelConfig, OptimConfig, TrainConfig, to_dict
 from stackbert_kernels.recipes import RECIPES
+from stackbert_kernels.train import budget
+from stackbert_kernels.train.budget import TIMED_STEPS
 
 from . import results_file, table
 from .command_line import DONE, FAILED, BadUse, Parser, answered, device_of, make_folder
@@ -36,8 +38,6 @@ BY_DEFAULT = ("baseline", "mslt")
 """The recipes that compete when none is asked for."""
 COLOURS = ("#d1541f", "#2f6db3", "#0e9f8e", "#7c3aed", "#b45309", "#be185d", "#4d7c0f", "#0369a1")
 QUARTERS = (0.25, 0.5, 0.75)
-TIMED_STEPS = 30
-FEWEST_STEPS = 20
 NOTED = 0.1  # a run that is so much longer or shorter than its budget
 FEWEST_SECONDS = 1.0
 
@@ -106,9 +106,7 @@ class Contest:
         return function(self.of_steps(steps), self.preset.recipes.get(name, options()))
 
     def enough(self, steps: int) -> int:
-        if steps < FEWEST_STEPS:
-            raise ConfigError(f"{self.seconds:.3g} s have room for {steps} steps, wanted at least {FEWEST_STEPS}")
-        return steps
+        return budget.enough(steps, self.seconds)
 
 
 def run_transformers(contest: Contest) -> dict:
@@ -125,17 +123,7 @@ def run_transformers(contest: Contest) -> dict:
 def run_recipe(contest: Contest, name: str) -> dict:
     from stackbert_kernels.train.loop import train
 
-    shape = contest.recipe(name, 1000)
-    stages = tuple(replace(s, steps=TIMED_STEPS, rewarm=min(s.rewarm, TIMED_STEPS)) for s in shape.stages)
-    steps = TIMED_STEPS * len(stages)
-    timed = replace(
-        shape,
-        steps=steps,
-        stages=stages,
-        eval_every=steps,
-        checkpoint_every=steps,
-        optim=replace(shape.optim, warmup=1),
-    )
+    timed = budget.timing_of(lambda steps: contest.recipe(name, steps), TIMED_STEPS)
     seconds_per_step = _finished(train(timed, contest.work / f"{name}-timed", progress=False))["stage_seconds"]
     _free()
     config = contest.recipe(name, contest.enough(steps_that_fit(contest, name, seconds_per_step)))
@@ -148,20 +136,7 @@ def run_recipe(contest: Contest, name: str) -> dict:
 
 def steps_that_fit(contest: Contest, name: str, seconds_per_step: Sequence[float]) -> int:
     """The most steps whose stages, at their own seconds a step, take no longer than the budget."""
-
-    def seconds(steps: int) -> float:
-        stages = contest.recipe(name, steps).stages
-        return sum(stage.steps * each for stage, each in zip(stages, seconds_per_step, strict=True))
-
-    low, high = 0, int(contest.seconds / min(seconds_per_step)) + 1
-    while high - low > 1:
-        middle = (low + high) // 2
-        try:
-            fits = seconds(middle) <= contest.seconds
-        except ConfigError:  # too few for this recipe's stages
-            fits = True
-        low, high = (middle, high) if fits else (low, middle)
-    return low
+    return budget.steps_that_fit(lambda steps: contest.recipe(name, steps), seconds_per_step, contest.seconds)
 
 
 def _finished(result: dict) -> dict:

@@ -38,8 +38,8 @@ def run(line, capsys):
 
 
 BAD = {
-    "": "Expected one of {pretrain, prepare, doctor, grow, checkpoint, bench}",
-    "train": "Unrecognized options: train; commands are pretrain, prepare, doctor, grow, checkpoint, bench",
+    "": "Expected one of {pretrain, sweep, compare, prepare, doctor, grow, checkpoint, bench}",
+    "train": "Unrecognized options: train; commands are pretrain, sweep, compare, prepare, doctor, grow, checkpoint, bench",
     "pretrain text.txt": "Missing from stackbert pretrain: --out",
     "pretrain --out run": "text must name at least one file, glob or directory, got none",
     "pretrain text.txt --out run --layer 3": "Unrecognized options: --layer, 3; did you mean --layers?",
@@ -136,8 +136,10 @@ def _environment():
 def test_version_and_help(capsys):
     assert run("--version", capsys)[:2] == (0, f"stackbert {__version__}\n")
     code, out, _ = run("--help", capsys)
-    assert code == 0 and all(name in out for name in ("pretrain", "prepare", "doctor", "grow", "checkpoint", "bench"))
-    for command in ("pretrain", "prepare", "doctor", "grow", "checkpoint", "bench"):
+    assert code == 0 and all(
+        name in out for name in ("pretrain", "sweep", "compare", "prepare", "doctor", "grow", "checkpoint", "bench")
+    )
+    for command in ("pretrain", "sweep", "compare", "prepare", "doctor", "grow", "checkpoint", "bench"):
         code, out, err = run(f"{command} --help", capsys)
         assert code == 0 and "--json" in out and err == ""
 

@@ -19,7 +19,9 @@ MAY_IMPORT: dict[str, set[str] | None] = {
     "cli": EVERYTHING,
     "doctor": EVERYTHING,
     "demo": EVERYTHING,
-    "compare": {"config", "model", "ops"},
+    # What it reads is what train writes: one reader of a run directory, for the report and the comparison.
+    "compare": {"config", "plan", "train"},
+    "sweep": {"config", "recipes", "plan", "data", "train", "compare"},
     "patch": {"nn", "ops"},
     "hf": {"config", "growth", "model", "ops"},
     "nn": {"ops"},

@@ -10,8 +10,8 @@ import io
 import json
 import re
 import sys
-from collections.abc import Callable
-from dataclasses import dataclass, field, fields
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, fields, make_dataclass
 from importlib import import_module
 from importlib.util import find_spec, module_from_spec, spec_from_file_location
 from pathlib import Path
@@ -99,6 +99,102 @@ class Pretrain(TrainConfig):
 
 
 @dataclass(frozen=True)
+class _SharedOptim(OptimConfig):
+    """AdamW with warm-up and linear decay to zero, the same for all methods but for the rate."""
+
+    lr: Suppress[float] = OptimConfig.lr
+    warmup: Suppress[int] = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Sweep(TrainConfig):
+    """Train by several recipes, each with several seeds and the same budget of time, on the same batches, and compare them.
+
+    The same command goes on where it stopped; recipes and seeds can be added to a finished sweep.
+    """
+
+    recipes: Annotated[str, Positional, arg(metavar="RECIPE,RECIPE,...")]
+    """Names of recipes, such as baseline,mslt."""
+    out: Annotated[Path, arg(metavar="DIR")]
+    """The directory of the sweep."""
+    minutes: float
+    """Of training, for each run; as many steps are taken as fit."""
+    seeds: int = 3
+    """Runs of each recipe, with the seeds --seed, --seed + 1, ..."""
+    lr: Annotated[tuple[str, ...], arg(metavar="[RECIPE=]RATE ...")] = (f"{OptimConfig.lr:g}",)
+    """Highest learning rate: of all recipes, or of one, as mslt=2e-3."""
+    warmup_share: float = 0.05
+    """Share of a run's steps over which the rate rises."""
+    dry_run: Flag = False
+    """Print the runs and the time that they will take, then stop."""
+    fresh: Flag = False
+    """Start over: remove what an earlier sweep wrote to --out."""
+    json: Json = False
+    data: OmitArgPrefixes[_Data]
+    model: OmitArgPrefixes[ModelConfig]
+    optim: OmitArgPrefixes[_SharedOptim]
+    steps: Suppress[int] = TrainConfig.steps
+    stages: Suppress[tuple[Stage, ...]] = ()
+    recipe: Suppress[str] = TrainConfig.recipe
+    checkpoint_every: Suppress[int] = TrainConfig.checkpoint_every
+    keep: Suppress[int] = TrainConfig.keep
+    eval_every: Suppress[int] = TrainConfig.eval_every
+    log_every: Suppress[int] = TrainConfig.log_every
+
+    def __post_init__(self):
+        """Checked by `base`."""
+
+    def base(self) -> TrainConfig:
+        """What all runs share; the rate is set for each method."""
+        optim = OptimConfig(**{f.name: getattr(self.optim, f.name) for f in fields(OptimConfig)})
+        settings = {f.name: getattr(self, f.name) for f in fields(TrainConfig)}
+        return TrainConfig(**settings | {"data": _plain(self.data), "optim": optim})
+
+    def rates(self, recipes: Sequence[str]) -> dict[str, float]:
+        """The highest rate of each recipe: its own, or that of all."""
+        shared, own = None, {}
+        for given in self.lr:
+            name, _, rate = given.rpartition("=")
+            try:
+                value = float(rate)
+            except ValueError:
+                raise ConfigError(f"--lr: wanted a number or RECIPE=number, got {given!r}") from None
+            if name:
+                own[name] = value
+            else:
+                shared = value
+        return dict.fromkeys(recipes, OptimConfig.lr if shared is None else shared) | own
+
+
+Sweep = make_dataclass(
+    "Sweep",
+    [(name, options, field(default_factory=options)) for name, (_, options) in RECIPES.items() if fields(options)],
+    bases=(_Sweep,),
+    namespace={"__doc__": _Sweep.__doc__},
+    frozen=True,
+    kw_only=True,
+)
+"""With the options of every recipe, as --mslt.joint."""
+
+
+@dataclass(frozen=True)
+class Compare:
+    """Show what runs cost to reach a loss: by FLOPs, tokens and time, and their losses at equal cost; seeds become mean and range."""
+
+    runs: Annotated[tuple[Path, ...], Positional, arg(metavar="RUN...")]
+    """Run directories, or folders of them, such as that of a sweep."""
+    baseline: Annotated[str | None, arg(metavar="RUN|RECIPE")] = None
+    """Whose final loss is the target; default: the recipe baseline, else the first run's method."""
+    free_source: Flag = False
+    """Leave out what earlier runs, teachers and source models cost."""
+    flops: Literal["executed", "b1", "b2"] = "executed"
+    """executed: the matrix products that ran; b1, b2: forwards of whole layers, a backward costing one or two of them."""
+    out: Annotated[Path | None, arg(metavar="DIR")] = None
+    """Write compare.json and compare.png there."""
+    json: Json = False
+
+
+@dataclass(frozen=True)
 class Prepare:
     """Turn text into a directory of token shards, which pretrain takes in place of the text."""
 
@@ -157,6 +253,8 @@ class Bench:
 
 Command = (
     Annotated[Pretrain, subcommand("pretrain")]
+    | Annotated[Sweep, subcommand("sweep")]
+    | Annotated[Compare, subcommand("compare")]
     | Annotated[Prepare, subcommand("prepare")]
     | Annotated[Doctor, subcommand("doctor")]
     | Annotated[Grow, subcommand("grow")]
@@ -225,9 +323,11 @@ def _one_line(page: str) -> str:
     if not message.startswith("Unrecognized"):
         return message
     message = re.sub(r" \(applied to [^)]*\)| Arguments are applied to .*", "", message)
-    commands = next((row for row in rest if row.startswith("Available subcommands: ")), None)
-    if commands:
-        return f"{message}; commands are {commands.removeprefix('Available subcommands: ')}"
+    first = next((i for i, row in enumerate(rest) if row.startswith("Available subcommands: ")), None)
+    if first is not None:
+        several = range(first, len(rest))  # rows, where the list is long
+        last = next((i for i in several if not rest[i].endswith(",")), first)
+        return f"{message}; commands are {' '.join(rest[first : last + 1]).removeprefix('Available subcommands: ')}"
     meant = next((row.split()[0].rstrip(",") for row in rest if row.startswith("--") and row.strip("-")), None)
     return f"{message}; did you mean {meant}?" if meant and meant not in message.split() else message
 
@@ -292,6 +392,67 @@ def summary(config: TrainConfig, result: dict) -> str:
         ]
         lines += [f"model   {result['model'] or '-'}", f"report  {result['report']}"]
     return "\n".join(lines)
+
+
+def _sweep(command: Sweep) -> int:
+    from stackbert_kernels import sweep as sweeps
+
+    recipes = tuple(name for name in command.recipes.split(",") if name)
+    chosen = {name: getattr(command, name) for name, (_, options) in RECIPES.items() if fields(options)}
+    sweep = sweeps.Sweep(
+        base=command.base(),
+        methods=recipes,
+        directory=command.out,
+        seconds=60 * command.minutes,
+        seeds=command.seeds,
+        warmup=command.warmup_share,
+        rates=command.rates(recipes),
+        options={name: value for name, value in chosen.items() if value != type(value)()},
+    )
+    sweep = sweeps.checked(sweep, fresh=command.fresh)
+    if command.dry_run:
+        plan = sweeps.outline(sweep)
+        _print({"outline": plan.splitlines(), **sweeps.amount(sweep)}) if command.json else print(plan)
+        return DONE
+    from stackbert_kernels.train.loop import check_machine
+
+    check_machine(sweep.base)
+    if command.fresh:
+        sweeps.remove(sweep)
+    print(sweeps.outline(sweep), file=sys.stderr)
+    result = sweeps.run_sweep(sweep, say=lambda line: print(line, file=sys.stderr, flush=True))
+    if command.json:
+        _print(result)
+    elif result["comparison"]:
+        from stackbert_kernels.compare.table import text
+
+        print(text(result["comparison"]))
+    if result["status"] == "stopped":
+        return complain("stopped; the same command goes on", FAILED)
+    if result["status"] == "failed":
+        return complain(f"{len(result['failed'])} of the runs failed: {', '.join(result['failed'])}", FAILED)
+    return DONE if result["comparison"] else complain(result["why_none"], FAILED)
+
+
+def _compare(command: Compare) -> int:
+    from stackbert_kernels.compare.comparison import compare
+
+    if not command.runs:
+        raise ConfigError("compare: wanted at least one run directory, got none")
+    result = compare(command.runs, baseline=command.baseline, free_source=command.free_source, counting=command.flops)
+    if command.out:
+        from stackbert_kernels.compare.output import write
+
+        written = write(result, command.out)
+    if command.json:
+        _print(result)
+    else:
+        from stackbert_kernels.compare.table import text
+
+        print(text(result))
+        if command.out:
+            print("\n" + "\n".join(map(str, written)))
+    return DONE
 
 
 def _prepare(command: Prepare) -> int:
@@ -365,4 +526,12 @@ def _checkpoint(command: Checkpoint) -> int:
     return FAILED if any(problems.values()) else DONE
 
 
-COMMANDS = {Pretrain: _pretrain, Prepare: _prepare, Doctor: _doctor, Grow: _grow, Checkpoint: _checkpoint}
+COMMANDS = {
+    Pretrain: _pretrain,
+    Sweep: _sweep,
+    Compare: _compare,
+    Prepare: _prepare,
+    Doctor: _doctor,
+    Grow: _grow,
+    Checkpoint: _checkpoint,
+}

@@ -106,6 +106,11 @@ def head_cost(model: ModelConfig, data: DataConfig) -> float:
     return _head_flops(model.hidden, vocab, data.mask_rate) / _layer_flops(model.hidden, model.inner, data.seq_len)
 
 
+def layer_flops(config: TrainConfig) -> float:
+    """Matrix-product FLOPs of one layer's forward on a token: what one unit of `step_cost` is worth."""
+    return _layer_flops(config.model.hidden, config.model.inner, config.data.seq_len)
+
+
 def relative_step_cost(config: TrainConfig, stage: Stage, *, backward: float = BACKWARD) -> float:
     """A step of `stage` over a step of the whole model, by `step_cost` with the head."""
     head = head_cost(config.model, config.data)

@@ -1,0 +1,229 @@
+"""A run as the comparison sees it: held-out losses over what had been spent by then, and what the models that it uses had cost before.
+
+Everything comes from the run's directory: config.json, metrics.jsonl, and the manifest of its token shards. A model that a run began
+from or learned from (a source, a teacher, an earlier run) is found in either of two places:
+
+    metrics.jsonl   {"event": "source", "role": "source" or "teacher", "path": ..., "flops": ..., "tokens": ..., "seconds": ...}
+    config.json     a key `source` or `teacher`, at any depth, whose value is a path
+
+Its cost is what the run at that path spent (RUN/model belongs to RUN), its own sources included; where no run is there, the figures
+of the event; where there are none, it is unknown. Stages of the run itself are no source: `flops` and `seconds` of its log count from its
+first step.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import astuple, dataclass
+from pathlib import Path
+
+from stackbert_kernels.config import ConfigError, TrainConfig, from_dict, to_dict
+from stackbert_kernels.plan import head_cost, layer_flops, relative_step_cost, step_cost
+from stackbert_kernels.train.run_directory import CONFIG, DATA, METRICS, read_metrics
+from stackbert_kernels.train.run_facts import Facts, number, read_facts
+
+MEASURES = ("flops", "tokens", "seconds")
+COUNTINGS = {"executed": None, "b1": 1.0, "b2": 2.0}
+"""How FLOPs are counted: the matrix products as executed (the log's), or layer forwards by plan.step_cost with this b, the head included."""
+ROLES = ("source", "teacher")
+NOT_DECAYED = 0.25
+"""A finished run whose rate still is above this share of its highest has not decayed."""
+
+
+@dataclass(frozen=True)
+class Spent:
+    flops: float = 0.0
+    tokens: float = 0.0
+    seconds: float = 0.0
+
+    def __add__(self, other: Spent) -> Spent:
+        return Spent(*(a + b for a, b in zip(astuple(self), astuple(other), strict=True)))
+
+
+@dataclass(frozen=True)
+class Point:
+    """An evaluation."""
+
+    step: int
+    stage: int
+    spent: Spent
+    loss: float
+    accuracy: float
+
+
+@dataclass(frozen=True)
+class Source:
+    """A model that was there before the run; `spent` is None where nothing says what it cost."""
+
+    role: str
+    path: str
+    spent: Spent | None
+
+
+@dataclass(frozen=True)
+class Run:
+    directory: Path
+    config: TrainConfig
+    curve: tuple[Point, ...]
+    unfinished: str | None
+    """Why its last loss is not that of a finished run; None where it is."""
+    last_rate: float | None
+    """The last learning rate over the highest."""
+    unigram: tuple[float, float]
+    """Loss and accuracy without context."""
+    fingerprint: dict[str, str] | None
+    """SHA-256 of the tokenizer and of the shards, by split; None where the shards are not there any more."""
+    sources: tuple[Source, ...]
+
+
+def run_directories(paths: Sequence[Path]) -> list[Path]:
+    """`paths`, each a run directory or a folder of them; ConfigError for anything else."""
+    found: list[Path] = []
+    for path in map(Path, paths):
+        inside = [path] if _is_run(path) else sorted(filter(_is_run, path.iterdir() if path.is_dir() else ()))
+        if not inside:
+            raise ConfigError(f"compare: {path} must be a run directory ({CONFIG} and {METRICS}) or a folder of them")
+        found += inside
+    twice = next((p for i, p in enumerate(found) if p.resolve() in {q.resolve() for q in found[:i]}), None)
+    if twice is not None:
+        raise ConfigError(f"compare: {twice} is named twice")
+    return found
+
+
+def read_run(directory: Path, counting: str = "executed") -> Run:
+    """ConfigError where the directory does not hold a run with at least one finite evaluation."""
+    facts, config = _facts(directory)
+    curve = _curve(facts, config, counting)
+    if not curve:
+        raise ConfigError(f"compare: {directory} has no evaluation with a finite loss yet")
+    rates = [rate for e in facts.steps if (rate := number(e, "lr")) is not None]
+    scored = facts.evals[-1]
+    return Run(
+        directory=directory,
+        config=config,
+        curve=curve,
+        unfinished=_unfinished(facts, config, curve),
+        last_rate=rates[-1] / max(rates) if rates and max(rates) > 0 else None,
+        unigram=(number(scored, "unigram_loss") or 0.0, number(scored, "unigram_accuracy") or 0.0),
+        fingerprint=_fingerprint(directory, config),
+        sources=tuple(_sources(directory, facts, counting, {directory.resolve()})),
+    )
+
+
+def _is_run(path: Path) -> bool:
+    return (path / CONFIG).is_file() and (path / METRICS).is_file()
+
+
+def _facts(directory: Path) -> tuple[Facts, TrainConfig]:
+    try:
+        facts = read_facts(directory)
+        return facts, from_dict(facts.config)
+    except ValueError as error:
+        raise ConfigError(f"compare: {directory} holds no run that can be read: {error}") from None
+
+
+def _curve(facts: Facts, config: TrainConfig, counting: str) -> tuple[Point, ...]:
+    """Evaluations with a finite loss. Each stage ends with an evaluation, so what is spent between two is of one stage."""
+    points, flops, tokens = [], 0.0, 0.0
+    for event in facts.evals:
+        here = {name: number(event, name) for name in (*MEASURES, "stage")}
+        if None in here.values() or not 0 <= here["stage"] < len(config.stages):
+            continue
+        stage = int(here["stage"])
+        if COUNTINGS[counting] is None:
+            flops = here["flops"]
+        else:
+            flops += (here["tokens"] - tokens) * _layer_model(config, stage, COUNTINGS[counting])
+        tokens = here["tokens"]
+        loss = number(event, "eval_loss")
+        if loss is not None:
+            spent = Spent(flops, tokens, here["seconds"])
+            points.append(Point(int(event["step"]), stage, spent, loss, number(event, "eval_accuracy") or 0.0))
+    return tuple(points)
+
+
+def _layer_model(config: TrainConfig, stage: int, backward: float) -> float:
+    """FLOPs that a step of a stage spends on a token if a layer's backward costs `backward` of its forwards."""
+    whole = step_cost(config.model.layers, 0, head=head_cost(config.model, config.data), backward=backward)
+    share = relative_step_cost(config, config.stages[stage], backward=backward)
+    return share * whole * layer_flops(config)
+
+
+def _unfinished(facts: Facts, config: TrainConfig, curve: Sequence[Point]) -> str | None:
+    done = int(max(e["step"] for e in (*facts.steps, *facts.evals)))
+    if facts.end is None or done < config.steps:
+        return f"stopped in mid-decay, after step {done:,} of {config.steps:,}"
+    if curve[-1].step < config.steps:
+        return "its last held-out loss is not finite"
+    return None
+
+
+# What came before
+
+
+def _sources(directory: Path, facts: Facts, counting: str, seen: set[Path]) -> Iterator[Source]:
+    recorded = [e for e in read_metrics(directory / METRICS) if e["event"] == "source" and e.get("path")]
+    by_path = {e["path"]: e for e in recorded}
+    named = {e["path"]: e.get("role", ROLES[0]) for e in recorded}
+    for role, path in _named(facts.config):
+        named.setdefault(path, role)
+    for path, role in named.items():
+        yield Source(role, path, _cost(Path(path), by_path.get(path), counting, seen))
+
+
+def _named(value: object) -> Iterator[tuple[str, str]]:
+    """The paths under keys `source` and `teacher`, wherever they stand."""
+    if isinstance(value, dict):
+        for key, inner in value.items():
+            if key in ROLES and isinstance(inner, str) and inner:
+                yield key, inner
+            else:
+                yield from _named(inner)
+    elif isinstance(value, list):
+        for inner in value:
+            yield from _named(inner)
+
+
+def _cost(path: Path, event: dict | None, counting: str, seen: set[Path]) -> Spent | None:
+    run = next((p for p in (path, path.parent) if _is_run(p)), None)
+    if run is not None and run.resolve() not in seen:
+        facts, config = _facts(run)
+        curve = _curve(facts, config, counting)
+        if curve:
+            parts = [s.spent for s in _sources(run, facts, counting, seen | {run.resolve()})]
+            return sum((part for part in parts if part), curve[-1].spent)
+    amounts = [number(event, name) for name in MEASURES]
+    if amounts[0] is None and amounts[2] is None:
+        return None
+    return Spent(*(amount or 0.0 for amount in amounts))
+
+
+# What makes losses comparable
+
+
+def _fingerprint(directory: Path, config: TrainConfig) -> dict[str, str] | None:
+    places = [directory / DATA, *(map(Path, config.data.text) if len(config.data.text) == 1 else ())]
+    for place in places:
+        try:
+            files = json.loads((place / "manifest.json").read_text(encoding="utf-8"))["files"]
+            digests = {name: entry["sha256"] for name, entry in files.items()}
+        except (OSError, ValueError, KeyError, TypeError):
+            continue
+        parts = {"tokenizer": "tokenizer", "held-out text": "heldout.", "training text": "train."}
+        return {
+            part: " ".join(digest for name, digest in sorted(digests.items()) if name.startswith(prefix))
+            for part, prefix in parts.items()
+        }
+    return None
+
+
+def settings(config: TrainConfig) -> dict[str, object]:
+    """Every setting but the stages under one name, such as optim.lr."""
+    flat: dict[str, object] = {}
+    for name, value in to_dict(config).items():
+        if isinstance(value, dict):
+            flat |= {f"{name}.{inner}": v for inner, v in value.items()}
+        elif name != "stages":
+            flat[name] = value
+    return flat

@@ -1,0 +1,60 @@
+"""How many steps fit into a budget of seconds: each stage is timed by a few steps of its own, and the rest is arithmetic.
+
+The recipe lays its stages, its warm-up and its decay over the steps that it is asked for, so its schedule ends with the budget.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+from stackbert_kernels.config import ConfigError, TrainConfig
+
+TIMED_STEPS = 30
+FEWEST_STEPS = 20
+"""With fewer, a schedule is no schedule."""
+PROBE_STEPS = 1000
+"""The run that is cut short to be timed: long enough for the stages of every recipe."""
+
+Recipe = Callable[[int], TrainConfig]
+"""The configuration of a run of so many steps."""
+
+
+def timing_of(recipe: Recipe, timed: int = TIMED_STEPS) -> TrainConfig:
+    """A run that spends `timed` steps in each stage; the `stage_seconds` that training returns for it are what steps take."""
+    shape = recipe(PROBE_STEPS)
+    stages = tuple(replace(stage, steps=timed, rewarm=min(stage.rewarm, timed)) for stage in shape.stages)
+    steps = timed * len(stages)
+    return replace(
+        shape,
+        steps=steps,
+        stages=stages,
+        eval_every=steps,
+        checkpoint_every=steps,
+        optim=replace(shape.optim, warmup=1),
+    )
+
+
+def steps_that_fit(recipe: Recipe, seconds_per_step: Sequence[float], seconds: float) -> int:
+    """The most steps whose stages, at their own seconds a step, take no longer than `seconds`."""
+
+    def needed(steps: int) -> float:
+        stages = recipe(steps).stages
+        return sum(stage.steps * each for stage, each in zip(stages, seconds_per_step, strict=True))
+
+    low, high = 0, int(seconds / min(seconds_per_step)) + 1
+    while high - low > 1:
+        middle = (low + high) // 2
+        try:
+            fits = needed(middle) <= seconds
+        except ConfigError:  # too few for this recipe's stages
+            fits = True
+        low, high = (middle, high) if fits else (low, middle)
+    return low
+
+
+def enough(steps: int, seconds: float) -> int:
+    """`steps`; ConfigError where they are too few to be a run."""
+    if steps < FEWEST_STEPS:
+        raise ConfigError(f"{seconds:.3g} s have room for {steps} steps, wanted at least {FEWEST_STEPS}")
+    return steps
