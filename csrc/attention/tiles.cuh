@@ -2,7 +2,13 @@
 //
 // A tile's rows are cut into chunks of 16 bytes, and chunk c of row r lies at place c ^ r (mod 8): the 8 rows that one
 // 8 x 8 matrix is loaded from are then in different banks, at the same column as at different ones.
+//
+// Scores are products of mma.sync.m16n8k16: a warp has 16 rows of a tile and all its columns, so that a softmax row
+// lies in four lanes. Dropout is drawn again in backward: the accumulator's layout is the mask's (common/philox.h), so
+// a lane draws 16 decisions in one call, some 30 instructions, where stored bits would cost their traffic twice.
 #pragma once
+
+#include <type_traits>
 
 #include "attention/attention.h"
 #include "common/philox.h"
@@ -173,6 +179,20 @@ struct Place {
 };
 
 constexpr float kLog2e = 1.4426950408889634f, kLn2 = 0.6931471805599453f;
+
+// run(T{}, D) for the element type and head dimension of `a`.
+template <typename Run>
+void with_kernel(const Attention& a, const Run& run) {
+  const auto with_type = [&](auto element) {
+    if (a.head_dim == 32) return run(element, std::integral_constant<int, 32>{});
+    if (a.head_dim == 64) return run(element, std::integral_constant<int, 64>{});
+    return run(element, std::integral_constant<int, 128>{});
+  };
+  if (a.dtype == DType::kBFloat16)
+    with_type(bfloat16{});
+  else
+    with_type(float16{});
+}
 
 }  // namespace cuda
 }  // namespace stackbert

@@ -26,7 +26,9 @@ class Mutant(NamedTuple):
 
 COLUMN_SUMS = "common/column_sums.cuh"
 LAYER_NORM = "layer_norm/layer_norm_cuda.cu"
-ATTENTION, TILES = "attention/attention_cuda.cu", "attention/tiles.cuh"
+FORWARD, BACKWARD = "attention/attention_forward_cuda.cu", "attention/attention_backward_cuda.cu"
+ONE_TILE, GRADIENTS = "attention/attention_one_tile_backward_cuda.cu", "attention/backward.cuh"
+TILES = "attention/tiles.cuh"
 COLUMNS = "common/columns.cuh"
 GELU = "gelu/gelu_cuda.cu"
 DROPOUT = "dropout/dropout_cuda.cu"
@@ -56,19 +58,19 @@ MUTANTS = [
            "test_layer_norm_cuda.py"),
     Mutant(COLUMN_SUMS, "the last partial sums left out", "b < a.blocks; b +=", "b < a.blocks - 1; b +=",
            "test_layer_norm_cuda.py"),
-    Mutant(ATTENTION, "keys read before their copies land", "ptx::wait_copies<kOneTile ? 1 : 3>();", "ptx::wait_copies<kOneTile ? 2 : 4>();",
+    Mutant(FORWARD, "keys read before their copies land", "ptx::wait_copies<kOneTile ? 1 : 3>();", "ptx::wait_copies<kOneTile ? 2 : 4>();",
            "test_attention_cuda.py", quick=True),
-    Mutant(ATTENTION, "a tile overwritten while it is read", "    if constexpr (!kOneTile) ptx::block_sync();", "    ",
+    Mutant(FORWARD, "a tile overwritten while it is read", "    if constexpr (!kOneTile) ptx::block_sync();", "    ",
            "test_attention_cuda.py"),
-    Mutant(ATTENTION, "the mask of the lower rows for the upper", "kept_of_row(key, of_keys, query + 8,", "kept_of_row(key, of_keys, query,",
+    Mutant(FORWARD, "the mask of the lower rows for the upper", "kept_of_row(key, of_keys, query + 8,", "kept_of_row(key, of_keys, query,",
            "test_attention_cuda.py"),
-    Mutant(ATTENTION, "a sum not rescaled", "sum[half] *= less;", "", "test_attention_cuda.py"),
-    Mutant(ATTENTION, "a key too many", "place.length - tile * kKeys);", "place.length - tile * kKeys + 1);", "test_attention_cuda.py"),
-    Mutant(ATTENTION, "a mask bit shifted in dk and dv", ">> (own / 4 + g % 2)", ">> (own / 4)", "test_attention_cuda.py"),
-    Mutant(ATTENTION, "gradients without delta", "factor - delta[half])", "factor)", "test_attention_cuda.py"),
-    Mutant(ATTENTION, "scores written over keys that are still read", "  ptx::block_sync();  // keys and values are done with\n", "",
+    Mutant(FORWARD, "a sum not rescaled", "sum[half] *= less;", "", "test_attention_cuda.py"),
+    Mutant(FORWARD, "a key too many", "place.length - tile * kKeys);", "place.length - tile * kKeys + 1);", "test_attention_cuda.py"),
+    Mutant(BACKWARD, "a mask bit shifted in dk and dv", ">> (own / 4 + g % 2)", ">> (own / 4)", "test_attention_cuda.py"),
+    Mutant(GRADIENTS, "gradients without delta", "factor - delta[half])", "factor)", "test_attention_cuda.py"),
+    Mutant(ONE_TILE, "scores written over keys that are still read", "  ptx::block_sync();  // keys and values are done with\n", "",
            "test_attention_cuda.py"),
-    Mutant(ATTENTION, "padding left unwritten", "if (row >= place.length && row < end)", "if (row > place.length && row < end)",
+    Mutant(BACKWARD, "padding left unwritten", "if (row >= place.length && row < end)", "if (row > place.length && row < end)",
            "test_attention_cuda.py"),
     Mutant(TILES, "a row too many copied", "row < rows ? data + row * from.token + c * 8 : data, row < rows)",
            "row <= rows ? data + row * from.token + c * 8 : data, row <= rows)", "test_attention_cuda.py", quick=True),
