@@ -32,8 +32,10 @@ struct DqMemory {
 };
 
 template <typename T, int D>
-__global__ void __launch_bounds__(kThreads, D <= 64 ? 3 : 2) attention_dq_kernel(const __grid_constant__ Backward b) {
+__global__ void __launch_bounds__(kThreads, blocks_at_once(D <= 64 ? 3 : 2, DqMemory<T, D>::kBytes))
+    attention_dq_kernel(const __grid_constant__ Backward b) {
   using Memory = DqMemory<T, D>;
+  static_assert(Memory::kBytes <= kSharedOfEveryBlock, "runs everywhere");
   const Attention& a = b.a.forward;
   const Place place(a, static_cast<int>((a.max_seqlen + 63) / 64));
   const int first = 64 * place.tile, rows = place.length - first;
@@ -61,7 +63,6 @@ __global__ void __launch_bounds__(kThreads, D <= 64 ? 3 : 2) attention_dq_kernel
 
   PhiloxKey key{};
   if (a.threshold > 0) key = dropout_key(a.rng, a.site);
-  const float kept_scale = a.threshold > 0 ? dropout_scale(a.threshold) : 1.f;
   float lse[2], delta[2], dq[D / 8][4];
   row_lse(a, place, first + own, valid, lse);
   clear(dq);
@@ -89,7 +90,7 @@ __global__ void __launch_bounds__(kThreads, D <= 64 ? 3 : 2) attention_dq_kernel
         rows_by_rows<T>(s, queries, own, keys(tile), from);
         rows_by_rows<T>(dp, douts, own, values(tile), from);
         score_gradients<T>(s, dp, a.scale * kLog2e, lse, delta, place.length - 64 * tile - from, kept[0] >> (from / 4),
-                           kept[1] >> (from / 4), kept_scale, nullptr, ds);
+                           kept[1] >> (from / 4), nullptr, ds);
 #pragma unroll
         for (int i = 0; i < kColumns / 16; ++i)
           multiply<T>(dq, as_a_operand(ds, i).v,
@@ -100,7 +101,7 @@ __global__ void __launch_bounds__(kThreads, D <= 64 ? 3 : 2) attention_dq_kernel
   }
   ptx::wait_copies<0>();
   if (valid <= 0) return;
-  scale_all(dq, a.scale);
+  scale_all(dq, a.scale * kept_scale(a));
   queries.store(own, 0, dq);  // read by this warp alone, and not again
   ptx::warp_sync();
   queries.write_rows(own, b.a.dq, place.at(b.a.dq, first + own), valid);
@@ -115,8 +116,10 @@ struct DkvMemory {
 };
 
 template <typename T, int D>
-__global__ void __launch_bounds__(kThreads, D <= 64 ? 3 : 2) attention_dkv_kernel(const __grid_constant__ Backward b) {
+__global__ void __launch_bounds__(kThreads, blocks_at_once(D <= 64 ? 3 : 2, DkvMemory<T, D>::kBytes))
+    attention_dkv_kernel(const __grid_constant__ Backward b) {
   using Memory = DkvMemory<T, D>;
+  static_assert(Memory::kBytes <= kSharedOfEveryBlock, "runs everywhere");
   const Attention& a = b.a.forward;
   const Place place(a, static_cast<int>((a.max_seqlen + 63) / 64));
   const int first = 64 * place.tile, rows = place.length - first;
@@ -148,7 +151,7 @@ __global__ void __launch_bounds__(kThreads, D <= 64 ? 3 : 2) attention_dkv_kerne
 
   PhiloxKey key{};
   if (a.threshold > 0) key = dropout_key(a.rng, a.site);
-  const float kept_scale = a.threshold > 0 ? dropout_scale(a.threshold) : 1.f, scale = a.scale * kLog2e;
+  const float scale = a.scale * kLog2e;
   float dk[D / 8][4], dv[D / 8][4];
   clear(dk), clear(dv);
   for (int tile = 0; tile < tiles; ++tile) {
@@ -185,10 +188,10 @@ __global__ void __launch_bounds__(kThreads, D <= 64 ? 3 : 2) attention_dkv_kerne
 #pragma unroll
           for (int half = 0; half < 2; ++half) {
             const int i = 2 * half + e;
-            const float factor = kept >> (2 * half) & 1 ? kept_scale : 0.f;
+            const bool own_kept = kept >> (2 * half) & 1;
             const float probability = ptx::exp2(s[n][i] * scale - lse);
-            p[i] = probability * factor;
-            ds[i] = probability * (dp[n][i] * factor - delta);
+            p[i] = own_kept ? probability : 0.f;
+            ds[i] = probability * ((own_kept ? dp[n][i] : 0.f) - delta);
           }
         }
 #pragma unroll
@@ -209,7 +212,7 @@ __global__ void __launch_bounds__(kThreads, D <= 64 ? 3 : 2) attention_dkv_kerne
   }
   ptx::wait_copies<0>();
   if (own >= rows) return;
-  scale_all(dk, a.scale);
+  scale_all(dk, a.scale * kept_scale(a)), scale_all(dv, kept_scale(a));
   keys.store(own, 0, dk);  // this warp's rows, read by no other
   values.store(own, 0, dv);
   ptx::warp_sync();

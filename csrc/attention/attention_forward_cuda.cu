@@ -51,7 +51,9 @@ template <typename T, int D, int kKeys, bool kOneTile>
 __global__ void __launch_bounds__(kThreads) attention_forward_kernel(const __grid_constant__ Attention a) {
   constexpr int kTiles = kKeys / 8, kStages = kOneTile ? 1 : 2;
   using Memory = ForwardMemory<T, D, kKeys, kStages>;
-  const Place place(a, static_cast<int>((a.max_seqlen + kQueries - 1) / kQueries));
+  static_assert(Memory::kBytes <= kSharedOfEveryBlock, "runs everywhere");
+  const int tiles = static_cast<int>((a.max_seqlen + kQueries - 1) / kQueries);
+  const Place place(a, tiles);
   const int first = place.tile * kQueries, rows = place.length - first;
   const int own = 16 * ptx::warp(), g = ptx::lane() / 4;
   const auto queries = Memory::queries();
@@ -135,6 +137,8 @@ __global__ void __launch_bounds__(kThreads) attention_forward_kernel(const __gri
   }
   ptx::wait_copies<0>();
 
+  // Found again where the scores of 128 keys leave no registers to keep it in.
+  const Place at_end = kKeys > 64 ? Place(a, tiles) : place;
   const float kept_scale = a.threshold > 0 ? dropout_scale(a.threshold) : 1.f;
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
@@ -145,7 +149,7 @@ __global__ void __launch_bounds__(kThreads) attention_forward_kernel(const __gri
     const int row = own + g + 8 * half;
     const bool written = a.packed ? row < rows : first + row < a.max_seqlen;
     if (a.lse && ptx::lane() % 4 == 0 && written)
-      ptx::store(a.lse + place.lse_at(a, first + row), row < rows ? (maximum[half] + ptx::log2(total)) * kLn2 : 0.f);
+      ptx::store(a.lse + at_end.lse_at(a, first + row), row < rows ? (maximum[half] + ptx::log2(total)) * kLn2 : 0.f);
   }
   // This warp's queries are read by no other, and not again.
   const int valid = a.packed ? rows - own : static_cast<int>(a.max_seqlen) - first - own;
@@ -159,7 +163,7 @@ __global__ void __launch_bounds__(kThreads) attention_forward_kernel(const __gri
   ptx::warp_sync();
   queries.store(own, 0, out);
   ptx::warp_sync();
-  queries.write_rows(own, a.out, place.at(a.out, first + own), valid);
+  queries.write_rows(own, a.out, at_end.at(a.out, first + own), valid);
 }
 
 template <typename T, int D>

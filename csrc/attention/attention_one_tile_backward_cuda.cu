@@ -21,8 +21,10 @@ struct OneTileMemory {
 };
 
 template <typename T, int D>
-__global__ void __launch_bounds__(kThreads, 2) attention_one_tile_backward_kernel(const __grid_constant__ Backward b) {
+__global__ void __launch_bounds__(kThreads, blocks_at_once(2, OneTileMemory<T, D>::kBytes))
+    attention_one_tile_backward_kernel(const __grid_constant__ Backward b) {
   using Memory = OneTileMemory<T, D>;
+  static_assert(Memory::kBytes <= kSharedOfEveryBlock, "runs everywhere");
   using Rows = typename Memory::Rows;
   using Scores = typename Memory::Scores;
   const Attention& a = b.a.forward;
@@ -43,7 +45,6 @@ __global__ void __launch_bounds__(kThreads, 2) attention_one_tile_backward_kerne
 
   PhiloxKey key{};
   if (a.threshold > 0) key = dropout_key(a.rng, a.site);
-  const float kept_scale = a.threshold > 0 ? dropout_scale(a.threshold) : 1.f;
   const int own = 16 * ptx::warp(), valid = rows - own, g = ptx::lane() / 4;
   float lse[2], delta[2] = {};
   row_lse(a, place, own, valid, lse);
@@ -68,8 +69,7 @@ __global__ void __launch_bounds__(kThreads, 2) attention_one_tile_backward_kerne
       float s[kFew / 8][4], dp[kFew / 8][4];
       rows_by_rows<T>(s, queries, own, keys, from);
       rows_by_rows<T>(dp, douts, own, values, from);
-      score_gradients<T>(s, dp, a.scale * kLog2e, lse, delta, rows - from, kept[0], kept[1], kept_scale, p + from / 8,
-                         ds);
+      score_gradients<T>(s, dp, a.scale * kLog2e, lse, delta, rows - from, kept[0], kept[1], p + from / 8, ds);
 #pragma unroll
       for (int i = 0; i < kFew / 16; ++i)
         multiply<T>(dq, as_a_operand(ds, i).v, [&](int n) { return keys.b_operands_of_columns(from + 16 * i, 8 * n); });
@@ -95,7 +95,8 @@ __global__ void __launch_bounds__(kThreads, 2) attention_one_tile_backward_kerne
     }
   ptx::block_sync();  // queries and douts are done with
   if (valid <= 0) return;
-  scale_all(dq, a.scale), scale_all(dk, a.scale);
+  const float of_kept = kept_scale(a);
+  scale_all(dq, a.scale * of_kept), scale_all(dk, a.scale * of_kept), scale_all(dv, of_kept);
   queries.store(own, 0, dq);
   douts.store(own, 0, dk);
   ptx::warp_sync();

@@ -19,7 +19,7 @@ constexpr int kOneTileRows = D <= 64 ? 128 : 0;
 
 struct Backward {
   AttentionBackward a;
-  float* delta;
+  float* delta;  // rowsum(out dout), over what dropout scales by
 };
 
 // Sequences of up to kOneTileRows tokens, none at head dimensions where that is 0; the passes leave them out.
@@ -34,13 +34,12 @@ STACKBERT_DEVICE void scale_all(float (&c)[kTiles][4], float scale) {
 }
 
 // Probabilities from scores and the rows' log-sum-exp (both in log2, by `scale`), with columns from `columns` on taken
-// out, and from dp = dropout(dout v^T): ds = p (dp - delta), whose scale is left to the sums. Both packed, p after
-// dropout; bit 2n + e of `kept` is that of column 8n + 2t + e.
+// out, and from dp = mask (dout v^T): ds = p (dp - delta). Both packed, p after the mask; bit 2n + e of `kept` is that
+// of column 8n + 2t + e. What is kept is not scaled here: delta is divided by that scale instead, and the sums get it.
 template <typename T, int kTiles>
 STACKBERT_DEVICE void score_gradients(const float (&s)[kTiles][4], const float (&dp)[kTiles][4], float scale,
                                       const float (&lse)[2], const float (&delta)[2], int columns, uint32_t kept_low,
-                                      uint32_t kept_high, float kept_scale, uint32_t (*p_packed)[2],
-                                      uint32_t (*ds_packed)[2]) {
+                                      uint32_t kept_high, uint32_t (*p_packed)[2], uint32_t (*ds_packed)[2]) {
   const int t = ptx::lane() % 4;
 #pragma unroll
   for (int n = 0; n < kTiles; ++n)
@@ -51,16 +50,20 @@ STACKBERT_DEVICE void score_gradients(const float (&s)[kTiles][4], const float (
       for (int e = 0; e < 2; ++e) {
         const bool inside = 8 * n + 2 * t + e < columns;
         const float p = inside ? ptx::exp2(s[n][2 * half + e] * scale - lse[half]) : 0.f;
-        const float factor = (half ? kept_high : kept_low) >> (2 * n + e) & 1 ? kept_scale : 0.f;
-        dropped[e] = p * factor;
-        ds[e] = p * (dp[n][2 * half + e] * factor - delta[half]);
+        const bool kept = (half ? kept_high : kept_low) >> (2 * n + e) & 1;
+        dropped[e] = kept ? p : 0.f;
+        ds[e] = p * ((kept ? dp[n][2 * half + e] : 0.f) - delta[half]);
       }
       if (p_packed) p_packed[n][half] = ptx::pack<T>(dropped[0], dropped[1]);
       ds_packed[n][half] = ptx::pack<T>(ds[0], ds[1]);
     }
 }
 
-// rowsum(out dout) of rows g and g + 8 of this warp's 16, `valid` of which exist; dout's tile is in shared memory.
+// What probabilities that dropout keeps are multiplied with.
+STACKBERT_DEVICE float kept_scale(const Attention& a) { return a.threshold > 0 ? dropout_scale(a.threshold) : 1.f; }
+
+// rowsum(out dout) / kept_scale of rows g and g + 8 of this warp's 16, `valid` of which exist; dout's tile is in shared
+// memory.
 template <typename T, int D, typename Douts>
 STACKBERT_DEVICE void row_delta(const Backward& b, const Place& place, int row, int valid, const Douts& douts, int own,
                                 float (&delta)[2]) {
@@ -81,7 +84,7 @@ STACKBERT_DEVICE void row_delta(const Backward& b, const Place& place, int row, 
           sum += o.low * d.low + o.high * d.high;
         }
       }
-    delta[half] = row_sum(sum);
+    delta[half] = row_sum(sum) * (static_cast<float>(256 - b.a.forward.threshold) / 256.f);
   }
 }
 

@@ -6,6 +6,30 @@
 
 #include "common/ptx.cuh"
 
+namespace stackbert {
+namespace cuda {
+
+// Bytes of shared memory of a multiprocessor that this code is compiled for, and those of a block that the system has.
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ == 900 || __CUDA_ARCH__ / 100 == 10
+constexpr int kSharedOfMultiprocessor = 228 << 10;
+#elif __CUDA_ARCH__ == 800
+constexpr int kSharedOfMultiprocessor = 164 << 10;
+#else  // 8.6, 8.9, 12.0
+constexpr int kSharedOfMultiprocessor = 100 << 10;
+#endif
+constexpr int kSharedOfSystem = 1 << 10;
+constexpr int kSharedOfEveryBlock = 99 << 10;  // that a block can have on each device
+
+// For launch bounds: as many blocks as are wanted on a multiprocessor, if their shared memory fits. More would take
+// registers from blocks that are alone there anyway.
+constexpr int blocks_at_once(int wanted, int shared_bytes) {
+  const int fit = kSharedOfMultiprocessor / (shared_bytes + kSharedOfSystem);
+  return fit < 1 ? 1 : fit < wanted ? fit : wanted;
+}
+
+}  // namespace cuda
+}  // namespace stackbert
+
 #ifdef STACKBERT_SIMT
 
 namespace stackbert {
