@@ -79,10 +79,11 @@ STACKBERT_DEVICE const T* source(const EmbeddingInputs& a, const Sources& s, int
 }
 
 // z of a token, 0 past its last column and where it reads nothing. All loads of word rows are under way before the
-// first is used; the other tables are in the caches.
+// first is used; the other tables are in the caches. Registers that a load may leave out are cleared first, here and
+// below: else they would hold on to the token before, in a loop.
 template <typename R, typename T>
 STACKBERT_DEVICE void load_sum(const EmbeddingInputs& a, const Sources& s, float (&z)[R::kElements]) {
-  Wide<T, R::kWidth> word[R::kVectors];
+  Wide<T, R::kWidth> word[R::kVectors] = {};
 #pragma unroll
   for (int v = 0; v < R::kVectors; ++v)
     if (s.valid && R::column(v) < a.columns) word[v].load(source<T>(a, s, 0) + R::column(v));
@@ -110,9 +111,13 @@ STACKBERT_DEVICE void load_sum(const EmbeddingInputs& a, const Sources& s, float
 
 template <typename R>
 constexpr int kForwardWarps = R::kWarps == 1 ? 8 : R::kWarps;  // of a block
+// Of a multiprocessor, whose registers are to hold them: the compiler's own choice would spill.
+template <typename R>
+constexpr int kForwardBlocks = R::kWidth == 1 ? 1 : (R::kElements > 24 ? 3 : 4);
 
 template <typename R>
-__global__ void __launch_bounds__(32 * kForwardWarps<R>) embedding_fwd_kernel(const __grid_constant__ EmbeddingFwd a) {
+__global__ void __launch_bounds__(32 * kForwardWarps<R>, kForwardBlocks<R>)
+    embedding_fwd_kernel(const __grid_constant__ EmbeddingFwd a) {
   const int64_t token = static_cast<int64_t>(blockIdx.x) * (kForwardWarps<R> / R::kWarps) + ptx::warp() / R::kWarps;
   if (token >= a.in.tokens) return;
   const auto scratch = ptx::shared_memory().as<float>();
@@ -165,9 +170,14 @@ __global__ void __launch_bounds__(32 * kForwardWarps<R>) embedding_fwd_kernel(co
 // Sums over tokens: each block has its own [2, C] of partial sums in the workspace.
 enum Sum { kWeight, kBias, kSums };
 
+// As many as backward_blocks counts on.
+template <typename R>
+constexpr int kBackwardBlocks = R::kWidth == 1 ? 1 : (R::kWarps <= 4 ? 8 : 2);
+
 // A block for a row at a time: a thread keeps the sums of its columns beside the row.
 template <typename R>
-__global__ void __launch_bounds__(R::kThreads) embedding_bwd_kernel(const __grid_constant__ EmbeddingRowsBwd a) {
+__global__ void __launch_bounds__(R::kThreads, kBackwardBlocks<R>)
+    embedding_bwd_kernel(const __grid_constant__ EmbeddingRowsBwd a) {
   const auto scratch = ptx::shared_memory().as<float>();
   const int64_t columns = a.in.columns;
   PhiloxKey key{};
@@ -178,10 +188,10 @@ __global__ void __launch_bounds__(R::kThreads) embedding_bwd_kernel(const __grid
   for (int64_t token = blockIdx.x; token < a.in.tokens; token += gridDim.x) {
     const Sources s(a.in, token);
     const float mean = ptx::load(a.mean + token), rstd = ptx::load(a.rstd + token);
-    float z[R::kElements], dy[R::kElements];
+    float z[R::kElements], dy[R::kElements] = {};
     with_element(a.in.dtype, [&](auto element) {
       using Y = decltype(element);
-      Wide<Y, R::kWidth> incoming[R::kVectors];
+      Wide<Y, R::kWidth> incoming[R::kVectors] = {};
 #pragma unroll
       for (int v = 0; v < R::kVectors; ++v)
         if (R::column(v) < columns) incoming[v].load(static_cast<const Y*>(a.dy) + token * columns + R::column(v));

@@ -69,7 +69,7 @@ __global__ void __launch_bounds__(kTilingThreads, 2) dropout_add_bwd_kernel(cons
   const T* dy = static_cast<const T*>(a.op.dy) + c;
   T* dx = static_cast<T*>(a.op.dx) + c;
   for (int64_t first = a.tiling.first_row<kBackwardRows>(); first < rows; first += a.tiling.turn<kBackwardRows>()) {
-    Vector incoming[kBackwardRows];
+    Vector incoming[kBackwardRows] = {};  // rows left out would keep the last turn's registers
 #pragma unroll
     for (int r = 0; r < kBackwardRows; ++r) {
       const int64_t row = first + r * a.tiling.down;

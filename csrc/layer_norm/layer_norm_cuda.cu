@@ -52,7 +52,7 @@ class Loaded {
 
  private:
   const typename R::T* row_;
-  typename R::Vector raw_[R::kEarly ? R::kVectors : 1];
+  typename R::Vector raw_[R::kEarly ? R::kVectors : 1] = {};  // else what skips a load keeps the last row's registers
 };
 
 // z = residual + dropout(x + x_bias), 0 past the row's end. Returns which elements are kept, a bit each.
@@ -157,7 +157,7 @@ __global__ void __launch_bounds__(32 * kBackwardWarps<R>)
        row += step) {
     const Loaded<R> x(a.sum.x, row, columns), residual(a.sum.residual, row, columns), incoming(a.dy, row, columns);
     const float mean = ptx::load(a.mean + row), rstd = ptx::load(a.rstd + row);
-    float z[R::kElements], dy[R::kElements];
+    float z[R::kElements], dy[R::kElements] = {};  // without it they would be kept from one row to the next
     const uint32_t kept = sum<R>(a.sum, x, residual, row, key, scale, z);
     const float kept_scale = a.sum.threshold > 0 ? scale : 1.f;
 
@@ -233,7 +233,7 @@ void with_row(const SumInputs& a, bool wide, const Run& run) {
     constexpr int kWidth = kWide<T>;
     if (!wide || a.columns % kWidth != 0) {
       if (a.columns <= 1024) return run(Row<T, 1, 4, 8>{});
-      return run(Row<T, 1, 16, 16>{});
+      return run(Row<T, 1, 22, 12>{});  // with four warps more, backward's sums would not fit the registers of each
     }
     if (a.columns <= 768) return run(Row<T, kWidth, 24 / kWidth, 1>{});
     if constexpr (kWidth == 8) {
