@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from oracle import assert_as_accurate_as_torch
 from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounterWithBackend
 
 import stackbert_kernels as sbk
 from stackbert_kernels.patch.swap import Swapped
@@ -434,6 +435,21 @@ def test_compiles_to_one_graph(unpad, batch_first):
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     for key, value in run(compiled, x, padding, None).items():
         torch.testing.assert_close(value, wanted[key.removeprefix("_orig_mod.")], rtol=1e-5, atol=1e-5)
+
+
+def test_one_more_graph_serves_every_length_and_batch():
+    """Training, unpadded: the second graph knows sizes as symbols only."""
+    model = encoder_of(layers=1)
+    sbk.patch(model, unpad=True)
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(model, fullgraph=True, backend=counter)
+    for batch, length in ((3, 6), (4, 7), (5, 9), (2, 11), (7, 5)):
+        x = torch.randn(batch, length, C)
+        padding = torch.arange(length) >= torch.randint(1, length + 1, (batch, 1))
+        wanted = run(model, x, padding, None)
+        for key, value in run(compiled, x, padding, None).items():
+            torch.testing.assert_close(value, wanted[key.removeprefix("_orig_mod.")], rtol=1e-5, atol=1e-5)
+    assert counter.frame_count == 2
 
 
 def test_compiled_training_draws_dropout():

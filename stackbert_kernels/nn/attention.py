@@ -114,11 +114,11 @@ def attend(
 ) -> Tensor:
     """The heads' outputs side by side, before the output projection. x [R, C] -> [R, C]"""
     qkv = F.linear(x, module.in_proj_weight, module.in_proj_bias)
-    qkv = qkv.view(len(x), 3, module.num_heads, module.head_dim)
+    qkv = qkv.view(x.shape[0], 3, module.num_heads, module.head_dim)
     out = ops.attention_qkv_varlen(
         qkv, rows.cu_seqlens, rows.max_seqlen, dropout_p=dropout_p, rng=rng, site=site, impl=impl
     )
-    return out.view(len(x), module.embed_dim)
+    return out.view(x.shape[0], module.embed_dim)
 
 
 def checked_padding(module: str, mask: Tensor | None, x: Tensor, batch_first: bool) -> Tensor | None:

@@ -33,7 +33,7 @@ def _check(q: Tensor, k: Tensor, v: Tensor, seqlens: Tensor, max_seqlen: int) ->
     name = "cu_seqlens" if packed else "lengths"
     if seqlens.dtype != torch.int32 or seqlens.device != q.device:
         raise TypeError(f"{op}: {name} must be int32 on {q.device}, got {seqlens.dtype} on {seqlens.device}")
-    if packed and (seqlens.dim() != 1 or len(seqlens) == 0 or not seqlens.is_contiguous()):
+    if packed and (seqlens.dim() != 1 or seqlens.shape[0] == 0 or not seqlens.is_contiguous()):
         raise ValueError(f"{op}: cu_seqlens must be dense [B + 1], got {list(seqlens.shape)}")
     if not packed and (seqlens.shape != q.shape[:1] or not seqlens.is_contiguous()):
         raise ValueError(f"{op}: lengths must be dense [{q.shape[0]}], got {list(seqlens.shape)}")
@@ -140,7 +140,7 @@ def _fake_qkv_backward(dout, qkv, *rest):
     return _dense_like(qkv)
 
 
-SETTINGS = "Tensor seqlens, int max_seqlen, float scale, Tensor rng, int site, int threshold"
+SETTINGS = "Tensor seqlens, SymInt max_seqlen, float scale, Tensor rng, int site, int threshold"
 
 
 def _why_not(impl: str, q: Tensor) -> str | None:
