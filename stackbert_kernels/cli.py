@@ -224,8 +224,7 @@ class Grow:
     layers: int
     """The new depth."""
     operator: Literal[GROWTH_OPERATORS] = "stack"
-    """How new layers get their weights: copies (copy_top, stack, interleave), random, or identity (in a pre-norm model, they change
-    nothing at first)."""
+    """How new layers get their weights: copies (copy_top, stack, interleave), random, or identity (a pre-norm model keeps its function)."""
     optimizer_state: Literal[OPTIMIZER_STATES] = "copy"
     """Of a Trainer checkpoint: copy (by the same map), zero (none in layers that changed) or reset (none at all)."""
     seed: int = 0

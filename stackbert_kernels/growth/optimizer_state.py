@@ -85,7 +85,9 @@ def _model(path: Path, settings: dict) -> torch.nn.Module:
             f"grow: {path} belongs to a model that transformers does not have, got architectures {name!r}"
         )
     with torch.device("meta"):
-        return cls(cls.config_class.from_dict(settings))
+        model = cls(cls.config_class.from_dict(settings))
+    model.tie_weights()  # transformers 5.0 leaves that out on meta
+    return model
 
 
 def _parameters(path: Path, settings: dict) -> Shapes:
