@@ -296,9 +296,9 @@ def test_losses_that_mean_different_things_are_refused(tmp_path, changes, messag
     [
         ({"digests": DIGESTS | {"train.0.tokens": "x"}}, "! the runs were trained on different texts"),
         ({"digests": None}, "! the prepared text of other is not there any more"),
-        ({"config": replace(GROWN, precision="bf16")}, "! precision differs: bf16 (mslt); fp32 (baseline)"),
-        ({"config": replace(GROWN, model=replace(GROWN.model, hidden=64))}, "! hidden differs: 64 (mslt); 32 (baseline)"),
-        ({"config": replace(GROWN, seed=4)}, "! seeds differs: 4 (mslt); 0 (baseline)"),
+        ({"config": replace(GROWN, precision="bf16")}, "! different precision: bf16 (mslt), fp32 (baseline)"),
+        ({"config": replace(GROWN, model=replace(GROWN.model, hidden=64))}, "! different hidden: 64 (mslt), 32 (baseline)"),
+        ({"config": replace(GROWN, seed=4)}, "! different seeds: 4 (mslt), 0 (baseline)"),
         ({}, "! a method with one run says nothing about chance: take three seeds"),
     ],
 )  # fmt: skip
@@ -332,6 +332,8 @@ def test_methods_of_one_recipe_are_named_by_what_differs(tmp_path):
     other = replace(GROWN, stages=(Stage(steps=50, depth=2), Stage(steps=50, depth=4, grow="copy_top")))
     runs = [write_run(tmp_path / "a", GROWN), write_run(tmp_path / "b", other), *runs[:1]]
     assert set(by_name(compare(runs))) == {"mslt (a)", "mslt (b)", "baseline"}
+    runs = [write_run(tmp_path / "a" / "run", GROWN), write_run(tmp_path / "b" / "run", other)]
+    assert set(by_name(compare(runs))) == {"mslt (a/run)", "mslt (b/run)"}
 
 
 def test_what_changes_no_number_makes_no_method(tmp_path):

@@ -224,6 +224,7 @@ def run_sweep(sweep: Sweep, *, say: Callable[[str], None]) -> dict:
             continue
         known = _known(out)
         if method not in known:
+            say(f"{place}: timing its stages, {TIMED_STEPS} steps each")
             entry = _timed(sweep, method, train)
             if entry is None:
                 return _result(sweep, "stopped", failed)

@@ -123,10 +123,13 @@ def _names(groups: Sequence[Sequence[Run]]) -> list[str]:
         ]
         said = "".join(f" {k.rpartition('.')[2]}={_short(settings(config)[k])}" for k in differ)
         names.append(config.recipe + said)
-    return [
-        name if names.count(name) == 1 else f"{name} ({group[0].directory.name})"
-        for name, group in zip(names, groups, strict=True)
-    ]
+    for parts in (1, 2, 99):  # of the path: as few as tell them apart
+        twice = {name for name in names if names.count(name) > 1}
+        where = ["/".join(group[0].directory.parts[-parts:]) for group in groups]
+        told = [f"{name} ({place})" if name in twice else name for name, place in zip(names, where, strict=True)]
+        if len(set(told)) == len(told):
+            break
+    return told
 
 
 def _short(value: object) -> str:
@@ -320,8 +323,8 @@ def _differing(what: str, values: dict[str, object], notes: list[str]) -> None:
         by_value: dict[str, list[str]] = {}
         for name, value in values.items():
             by_value.setdefault(_short(value), []).append(name)
-        said = "; ".join(f"{value} ({', '.join(names)})" for value, names in by_value.items())
-        notes.append(f"{what.rpartition('.')[2]} differs: {said}")
+        said = ", ".join(f"{value} ({', '.join(names)})" for value, names in by_value.items())
+        notes.append(f"different {what.rpartition('.')[2]}: {said}")
 
 
 def _accounted(spent: Spent | None, free_source: bool) -> str:

@@ -46,6 +46,7 @@ def text(result: dict) -> str:
         + (f" (mean of {target['runs']} runs)" if target["runs"] > 1 else ""),
         *_aligned(costs),
         f"FLOPs: {COUNTED[result['counting']]}; seconds: training as measured; {free}",
+        "ranked by seconds to that loss, then by loss at equal seconds",
     ]
     warnings = [f"{entry['name']} is not ranked: {entry['why']} ({entry['run']})" for entry in result["not_ranked"]]
     warnings += result["notes"]

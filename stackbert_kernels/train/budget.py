@@ -13,6 +13,7 @@ from stackbert_kernels.config import ConfigError, TrainConfig
 TIMED_STEPS = 30
 FEWEST_STEPS = 20
 """With fewer, a schedule is no schedule."""
+LOW_RATE = 1e-6
 PROBE_STEPS = 1000
 """The run that is cut short to be timed: long enough for the stages of every recipe."""
 
@@ -21,7 +22,10 @@ Recipe = Callable[[int], TrainConfig]
 
 
 def timing_of(recipe: Recipe, timed: int = TIMED_STEPS) -> TrainConfig:
-    """A run that spends `timed` steps in each stage; the `stage_seconds` that training returns for it are what steps take."""
+    """A run that spends `timed` steps in each stage; the `stage_seconds` that training returns for it are what steps take.
+
+    Its rate is so low that it cannot diverge before the warm-up that it has no time for; a rate takes no time.
+    """
     shape = recipe(PROBE_STEPS)
     stages = tuple(replace(stage, steps=timed, rewarm=min(stage.rewarm, timed)) for stage in shape.stages)
     steps = timed * len(stages)
@@ -31,7 +35,7 @@ def timing_of(recipe: Recipe, timed: int = TIMED_STEPS) -> TrainConfig:
         stages=stages,
         eval_every=steps,
         checkpoint_every=steps,
-        optim=replace(shape.optim, warmup=1),
+        optim=replace(shape.optim, lr=LOW_RATE, warmup=1),
     )
 
 
