@@ -40,6 +40,7 @@ def folder(tmp_path, monkeypatch):
     (tmp_path / "text.txt").write_text("\n\n".join(lines))
     monkeypatch.setattr(sweeps, "steps_that_fit", lambda *_: STEPS)
     monkeypatch.setattr(sweeps, "TIMED_STEPS", 2)
+    monkeypatch.setattr(sweeps, "TIMING_SHARE", 0.0)
     monkeypatch.setattr(sweeps, "CHECKPOINTS", 2)
     monkeypatch.setattr(sweeps, "EVALUATIONS", 4)
     monkeypatch.setattr(loop, "write_report", lambda *_: None)  # takes longer than these runs
@@ -285,3 +286,17 @@ def test_every_method_has_the_same_shape_of_run(tmp_path):
     assert [(seed, path.name) for _, seed, path in sweep.runs()[:: len(RECIPES)]] == [
         (s, f"baseline-seed{s}") for s in (3, 4, 5)
     ]
+
+
+@pytest.mark.parametrize(("seconds", "timed"), [(10.0, [30]), (120.0, [30, 100]), (3600.0, [30, 200])])
+def test_short_steps_are_timed_again(tmp_path, seconds, timed):
+    """Five stages of 12 ms: 30 steps of each are a moment, of which a busy machine makes anything."""
+    asked = []
+
+    def train(config, out, *, progress):
+        asked.append(config.stages[0].steps)
+        return {"status": "finished", "stage_seconds": [0.012] * len(config.stages)}
+
+    sweep = replace(sweep_of(tmp_path), seconds=seconds)
+    entry = sweeps._timed(sweep, "mslt", train)
+    assert asked == timed and entry["config"].steps == pytest.approx(seconds / 0.012, rel=0.01)

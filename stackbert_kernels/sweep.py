@@ -33,6 +33,8 @@ from stackbert_kernels.train.run_facts import duration
 SWEEP, TIMING = "sweep.json", ".timing"
 EVALUATIONS, CHECKPOINTS, LOGGED = 20, 10, 100
 """So many of each in a run."""
+TIMING_SHARE, LONGEST_TIMING = 0.05, 200
+"""Of the budget, and steps a stage: a timing of few short steps is repeated with more, so that a busy moment of the machine decides nothing."""
 ASIDE = 1.1
 """Evaluation, checkpoints and preparation take a tenth of the training or so."""
 
@@ -224,7 +226,7 @@ def run_sweep(sweep: Sweep, *, say: Callable[[str], None]) -> dict:
             continue
         known = _known(out)
         if method not in known:
-            say(f"{place}: timing its stages, {TIMED_STEPS} steps each")
+            say(f"{place}: timing its stages")
             entry = _timed(sweep, method, train)
             if entry is None:
                 return _result(sweep, "stopped", failed)
@@ -251,16 +253,24 @@ def run_sweep(sweep: Sweep, *, say: Callable[[str], None]) -> dict:
 def _timed(sweep: Sweep, method: str, train: Callable) -> dict | None:
     """Seconds a step of each stage, and the configuration whose steps fill the budget; None where a signal came between."""
     recipe, place = sweep.recipe(method), sweep.directory / TIMING
-    shutil.rmtree(place, ignore_errors=True)
-    try:
-        result = train(timing_of(recipe, TIMED_STEPS), place, progress=False)
-    finally:
+
+    def result_of(timed: int) -> dict:
         shutil.rmtree(place, ignore_errors=True)
+        try:
+            return train(timing_of(recipe, timed), place, progress=False)
+        finally:
+            shutil.rmtree(place, ignore_errors=True)
+
+    result = result_of(TIMED_STEPS)
+    if result["status"] == "finished":
+        longer = min(LONGEST_TIMING, int(TIMING_SHARE * sweep.seconds / sum(result["stage_seconds"])))
+        if longer > 2 * TIMED_STEPS:
+            result = result_of(longer)
     if result["status"] == "stopped":
         return None
     if result["status"] == "failed":
         raise ConfigError(
-            f"sweep: {method} does not get through its first {TIMED_STEPS} steps a stage: {result['message'].partition(';')[0]}"
+            f"sweep: {method} does not get through its first steps: {result['message'].partition(';')[0]}"
         )
     each = result["stage_seconds"]
     try:

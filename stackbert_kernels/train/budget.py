@@ -27,7 +27,8 @@ def timing_of(recipe: Recipe, timed: int = TIMED_STEPS) -> TrainConfig:
     Its rate is so low that it cannot diverge before the warm-up that it has no time for; a rate takes no time.
     """
     shape = recipe(PROBE_STEPS)
-    stages = tuple(replace(stage, steps=timed, rewarm=min(stage.rewarm, timed)) for stage in shape.stages)
+    plain = {"steps": timed, "lr_policy": "global", "lr_curve": (), "rewarm": 0}
+    stages = tuple(replace(stage, **plain) for stage in shape.stages)
     steps = timed * len(stages)
     return replace(
         shape,
