@@ -190,6 +190,17 @@ def test_an_own_forward_is_left_alone():
     assert isinstance(model.encoder.layer[1].attention.output, Swapped)
 
 
+def test_a_forward_of_the_instance_is_left_alone():
+    """As accelerate's hooks set it: the class has no say in it."""
+    model = samples.model("BertModel", num_hidden_layers=3)
+    attention = model.encoder.layer[2].attention.self
+    attention.forward = attention.forward
+    report = sbk.patch(model, unpad=True)
+    assert reasons(report, "attention") == {"its own forward was replaced (accelerate's hooks do that)"}
+    assert reasons(report, "unpad") == {"it needs the fused attention in every layer"}
+    assert not isinstance(attention, Swapped) and not isinstance(model, Swapped)
+
+
 def test_one_line_for_equal_layers():
     report = sbk.patch(samples.model("BertModel", num_hidden_layers=3))
     lines = str(report).splitlines()

@@ -1,43 +1,72 @@
 """Which classes of transformers (5.0 or newer) get which methods. transformers is not imported for it: a model of its has done that.
 
-A module is known by the name and home of its class, or of one that it inherits `forward` from unchanged.
+A module is known by the name and home of its class, or of the one that it inherits `forward` from: BertSelfOutput is the SelfOutput of
+the family bert. What each role needs in order to be replaced stands in its function here; what it then runs, in blocks, encoder and masked_lm.
 """
 
 from __future__ import annotations
 
 import inspect
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
 
+import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
+from stackbert_kernels import ops
 from stackbert_kernels.patch import blocks, encoder
 from stackbert_kernels.patch.plain import plain, plain_norm
-from stackbert_kernels.patch.runs import runs
 from stackbert_kernels.patch.swap import Parts, Replacement, Skipped, Swapped
 
-FAMILIES = {"bert": "Bert", "roberta": "Roberta", "xlm_roberta": "XLMRoberta", "camembert": "Camembert", "electra": "Electra"}  # fmt: skip
-COUNTS_TOKENS = ("roberta", "xlm_roberta", "camembert")  # their positions are those of tokens, not of columns
+FAMILIES = {
+    "bert": "Bert",
+    "roberta": "Roberta",
+    "xlm_roberta": "XLMRoberta",
+    "camembert": "Camembert",
+    "electra": "Electra",
+}
 HOME = "transformers.models.{0}.modeling_{0}"
-LOOKED_FOR = f"transformers' {', '.join(FAMILIES.values())} (…Model, …For…, …SelfAttention, …SelfOutput, …Output, …Intermediate, …Embeddings)"
-READ_EVERY_COLUMN = ("ForMaskedLM", "ForTokenClassification", "ForPreTraining", "LMHeadModel", "ForCausalLM")
+LOOKED_FOR = (
+    f"transformers' {', '.join(FAMILIES.values())} (…Model, …For…, …SelfAttention, …SelfOutput, …Output, …Intermediate, "
+    "…Embeddings)"
+)
+COUNT_TOKENS = ("roberta", "xlm_roberta", "camembert")  # their positions are those of tokens, not of columns
+READ_TOKENS = ("ForMaskedLM", "ForTokenClassification", "ForPreTraining", "LMHeadModel", "ForCausalLM")
+"""Heads that read every column, and none of them for the whole sequence as others read the first."""
 
-AS_BEFORE_ATTENTION = "output_attentions=True, a mask that is not [B, S], a cache or cross attention is asked for"
+
+class Block(NamedTuple):
+    """A module of a known class."""
+
+    name: str
+    module: nn.Module
+    family: str
+    role: str
+
+    def skipped(self, part: str, reason: str) -> list[Replacement | Skipped]:
+        return [Skipped(self.name, part, reason)]
 
 
-def plan(model: nn.Module, parts: Parts) -> list[Replacement | Skipped]:
-    found = list(_known(model))
-    if not found:
+Entries = list[Replacement | Skipped]
+
+
+def plan(model: nn.Module, parts: Parts) -> Entries:
+    known = list(_known(model))
+    if not known:
         return []
     _check_version()
-    entries: list[Replacement | Skipped] = []
-    for name, module, family, role in found:
-        if isinstance(module, Swapped):
+    entries: Entries = []
+    for block in known:
+        asked = [part for part in PARTS_OF.get(block.role, ()) if getattr(parts, part)]
+        if not asked or isinstance(block.module, Swapped):
             continue
-        if role in PLANS:
-            entries += PLANS[role](name, module, family, parts)
-    entries = [e for e in entries if not isinstance(e, Replacement) or e.runs]
-    return entries + _encoders(model, found, parts, entries)
+        if "forward" in block.module.__dict__:  # its class has no say
+            entries += block.skipped(asked[0], "its own forward was replaced (accelerate's hooks do that)")
+        else:
+            entries += PLANS[block.role](block, parts)
+    return entries + [entry for block in known for entry in _encoder(block, known, parts, entries)]
 
 
 def _check_version() -> None:
@@ -46,140 +75,49 @@ def _check_version() -> None:
         raise ImportError(f"patch: wanted transformers 5.0 or newer, got {version}")
 
 
-def _known(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, str]]:
-    """(name, module, family, role): BertSelfOutput has the role SelfOutput."""
+def _known(model: nn.Module) -> Iterator[Block]:
     for name, module in model.named_modules():
         cls = module.original if isinstance(module, Swapped) else type(module)
         for base in cls.__mro__:
             family = base.__module__.rpartition("modeling_")[2]
-            if family in FAMILIES and base.__module__ == HOME.format(family):
-                if base.__name__.startswith(FAMILIES[family]) and cls.forward is base.forward:
-                    yield name, module, family, base.__name__.removeprefix(FAMILIES[family])
-                break
-
-
-def _one(name: str, part: str, module: nn.Module, kind: type, op: str, shape, like: Tensor, note="", options=None):
-    what, why = runs(op, shape, like=like)
-    if what is None:
-        return [Skipped(name, part, why)]
-    return [Replacement(name, module, kind, {part: what}, note, options)]
-
-
-# A plan for each role: (name, module, family, parts) -> entries.
-
-
-def _attention(name, module, family, parts):
-    if not (parts.attention or parts.unpad):
-        return []
-    part = "attention" if parts.attention else "unpad"
-    if module.is_decoder or module.is_causal:
-        return [Skipped(name, part, "causal: a decoder (config.is_decoder)")]
-    if not isinstance(module.dropout, nn.Dropout):
-        return [Skipped(name, part, f"its dropout is a {type(module.dropout).__name__}")]
-    shape = (1, 1, module.num_attention_heads, module.attention_head_size)
-    note = AS_BEFORE_ATTENTION + ("" if parts.unpad else "; the batch has padding (unpad=True packs it away)")
-    return _one(name, part, module, blocks.SelfAttention, "attention", shape, _weight(module.query), note)
-
-
-def _cross_attention(name, module, family, parts):
-    return [Skipped(name, "attention", "cross attention")] if parts.attention else []
-
-
-def _add_norm(name, module, family, parts):
-    if not parts.add_norm:
-        return []
-    norm = module.LayerNorm
-    if not isinstance(norm, nn.LayerNorm) or norm.weight is None or norm.bias is None:
-        return [Skipped(name, "add_norm", f"its norm is {norm}")]
-    like = norm.weight
-    return _one(name, "add_norm", module, blocks.AddNorm, "dropout_add_layer_norm", (1, len(like)), like)
-
-
-def _intermediate(name, module, family, parts):
-    if not parts.gelu:
-        return []
-    activation = module.intermediate_act_fn
-    if blocks.approximation(activation) is None:
-        return [Skipped(name, "gelu", f"its activation is {_called(activation)}")]
-    like = _weight(module.dense)
-    return _one(name, "gelu", module, blocks.Intermediate, "bias_gelu", (1, len(like)), like)
-
-
-def _embeddings(name, module, family, parts):
-    if not parts.embeddings:
-        return []
-    tables = (module.word_embeddings, module.position_embeddings, module.token_type_embeddings)
-    if not all(isinstance(t, nn.Embedding) and blocks.plain_embedding(t) for t in tables):
-        return [Skipped(name, "embeddings", "a table is wrapped, sparse, renormalised or scaled by frequency")]
-    if not plain_norm(module.LayerNorm):
-        return [Skipped(name, "embeddings", f"its norm is {module.LayerNorm}")]
-    like = tables[0].weight
-    return _one(
-        name, "embeddings", module, blocks.Embeddings, "embedding_layer_norm", like.shape, like,
-        "inputs_embeds are given", family in COUNTS_TOKENS,
-    )  # fmt: skip
-
-
-def _transform(kind: type, names: tuple[str, str, str]):
-    def transform(name, module, family, parts):
-        dense, norm = getattr(module, names[0]), getattr(module, names[2])
-        made, skipped = {}, []
-        wanted = {
-            "gelu": (parts.gelu, "bias_gelu", _weight(dense)),
-            "add_norm": (parts.add_norm, "layer_norm", norm.weight),
-        }
-        for part, (asked, op, like) in wanted.items():
-            if not asked:
+            if family not in FAMILIES or base.__module__ != HOME.format(family):
                 continue
-            if part == "gelu" and blocks.approximation(getattr(module, names[1], nn.functional.gelu)) is None:
-                skipped.append(Skipped(name, part, f"its activation is {_called(getattr(module, names[1]))}"))
-                continue
-            what, why = runs(op, (1, len(like)), like=like)
-            if what is None:
-                skipped.append(Skipped(name, part, why))
-            else:
-                made[part] = what
-        return [Replacement(name, module, kind, made, options=names), *skipped]
-
-    return transform
+            if base.__name__.startswith(FAMILIES[family]) and cls.forward is base.forward:
+                yield Block(name, module, family, base.__name__.removeprefix(FAMILIES[family]))
+            break
 
 
-def _masked_lm(base: str | None, head: str):
-    """base None: the family's own attribute, as model.roberta"""
-
-    def masked_lm(name, module, family, parts):
-        if not parts.mlm_loss:
-            return []
-        from stackbert_kernels.patch import masked_lm as heads
-
-        options = heads.Options(_arguments(module), module.base_model_prefix, getattr(heads, head))
-        _, decoder = options.head(module)
-        if not plain(decoder, nn.Linear) or decoder.bias is None:
-            return [Skipped(name, "mlm_loss", f"its decoder is {_called(decoder)}")]
-        note = "in evaluation or without labels; logits of a training call are made when read"
-        like = decoder.weight
-        return _one(name, "mlm_loss", module, heads.MaskedLM, "masked_lm_loss", (1, like.shape[1]), like, note, options)
-
-    return masked_lm
+def _runs(op: str, shape: tuple[int, ...], like: Tensor) -> tuple[str | None, str]:
+    """("op (native)", "") or (None, why not): what would only run its reference is better left as it is. float32 parameters may meet
+    bfloat16 activations, under autocast."""
+    whys = []
+    for dtype in dict.fromkeys((like.dtype, torch.bfloat16 if like.dtype == torch.float32 else like.dtype)):
+        explained = ops.explain(op, like.new_empty(shape, dtype=dtype))
+        if explained.chosen != "reference":
+            return f"{op} ({explained.chosen})", ""
+        whys += explained.why_not.values()
+    return None, f"only its reference would run: {'; '.join(dict.fromkeys(whys))}"
 
 
-PLANS = {
-    "SelfAttention": _attention,
-    "CrossAttention": _cross_attention,
-    "SelfOutput": _add_norm,
-    "Output": _add_norm,
-    "Intermediate": _intermediate,
-    "Embeddings": _embeddings,
-    "PredictionHeadTransform": _transform(blocks.Transform, ("dense", "transform_act_fn", "LayerNorm")),
-    "GeneratorPredictions": _transform(blocks.Transform, ("dense", "activation", "LayerNorm")),
-    "LMHead": _transform(blocks.Head, ("dense", "activation", "layer_norm")),
-}
-HEADS = {"bert": "bert_head", "electra": "electra_head"}
+def _replaced(
+    block: Block,
+    part: str,
+    kind: type[Swapped],
+    op: str,
+    shape: tuple[int, ...],
+    like: Tensor,
+    note: str = "",
+    options=None,
+) -> Entries:
+    runs, why = _runs(op, shape, like)
+    if runs is None:
+        return block.skipped(part, why)
+    return [Replacement(block.name, block.module, kind, {part: runs}, note, options)]
 
 
 def _weight(module: nn.Module) -> Tensor:
-    """Of a linear layer, or of the one that a wrapper such as LoRA's holds."""
-    return next(p for p in module.parameters() if p.dim() == 2)
+    """Of a linear layer, or the first of what wraps one, as LoRA does."""
+    return next((p for p in module.parameters() if p.dim() == 2), next(module.parameters()))
 
 
 def _called(thing: object) -> str:
@@ -190,35 +128,134 @@ def _arguments(module: nn.Module) -> tuple[str, ...]:
     return tuple(inspect.signature(type(module).forward).parameters)[1:]
 
 
-# The encoder and the heads, which look at what the blocks became.
+# The roles.
 
 
-def _encoders(model: nn.Module, found: list, parts: Parts, entries: list) -> list[Replacement | Skipped]:
-    made: list[Replacement | Skipped] = []
-    fused = {e.name for e in entries if isinstance(e, Replacement) and e.kind is blocks.SelfAttention}
-    heads = [(name, role) for name, _, _, role in found if "For" in role or role == "LMHeadModel"]
-    for name, module, family, role in found:
-        if isinstance(module, Swapped):
-            continue
-        if role in ("ForMaskedLM", "ForPreTraining") and not (family == "electra" and role == "ForPreTraining"):
-            made += _masked_lm(None, HEADS.get(family, "roberta_head"))(name, module, family, parts)
-        if role != "Model" or not (parts.attention or parts.unpad):
-            continue
-        layers = [
-            f"{name}{'.' if name else ''}encoder.layer.{i}.attention.self" for i in range(len(module.encoder.layer))
-        ]
-        if not layers or not set(layers) <= fused:
-            if parts.unpad:
-                made.append(Skipped(name, "unpad", "it needs the fused attention in every layer"))
-            continue
-        above = [role for head, role in heads if name.startswith(head)]
-        unpad = parts.unpad
-        if unpad and "ForQuestionAnswering" in above:
-            unpad = False
-            made.append(Skipped(name, "unpad", "start and end are a softmax over all positions, padding included"))
-        reads_first = getattr(module, "pooler", None) is not None or not set(above) <= set(READ_EVERY_COLUMN)
-        options = encoder.Options(_arguments(module), unpad, family in COUNTS_TOKENS, reads_first)
-        what = {"unpad": "tokens packed once"} if unpad else {"attention": "one look at the mask for all layers"}
-        note = "; ".join(["as for attention", *(["the first column has padding and a head reads it"] if unpad and reads_first else []), *(["inputs_embeds are given"] if unpad else [])])  # fmt: skip
-        made.append(Replacement(name, module, encoder.Encoder, what, note, options))
-    return made
+def _attention(block: Block, parts: Parts) -> Entries:
+    part, module = "attention" if parts.attention else "unpad", block.module
+    if module.is_decoder or module.is_causal:
+        return block.skipped(part, "causal: a decoder (config.is_decoder)")
+    if not isinstance(module.dropout, nn.Dropout):
+        return block.skipped(part, f"its dropout is a {type(module.dropout).__name__}")
+    note = "output_attentions=True, a mask that is not [B, S], a cache or cross attention is asked for"
+    if not parts.unpad:
+        note += "; the batch has padding (unpad=True packs it away)"
+    shape = (1, 1, module.num_attention_heads, module.attention_head_size)
+    return _replaced(block, part, blocks.SelfAttention, "attention", shape, _weight(module.query), note)
+
+
+def _cross_attention(block: Block, parts: Parts) -> Entries:
+    return block.skipped("attention", "cross attention")
+
+
+def _add_norm(block: Block, parts: Parts) -> Entries:
+    norm = block.module.LayerNorm
+    if not isinstance(norm, nn.LayerNorm) or norm.weight is None or norm.bias is None:
+        return block.skipped("add_norm", f"its norm is {norm}")
+    return _replaced(block, "add_norm", blocks.AddNorm, "dropout_add_layer_norm", (1, len(norm.weight)), norm.weight)
+
+
+def _intermediate(block: Block, parts: Parts) -> Entries:
+    activation, like = block.module.intermediate_act_fn, _weight(block.module.dense)
+    if blocks.approximation(activation) is None:
+        return block.skipped("gelu", f"its activation is {_called(activation)}")
+    return _replaced(block, "gelu", blocks.Intermediate, "bias_gelu", (1, len(like)), like)
+
+
+def _embeddings(block: Block, parts: Parts) -> Entries:
+    module = block.module
+    tables = (module.word_embeddings, module.position_embeddings, module.token_type_embeddings)
+    if not all(isinstance(table, nn.Embedding) and blocks.plain_embedding(table) for table in tables):
+        return block.skipped("embeddings", "a table is wrapped, hooked, sparse, renormalised or scaled by frequency")
+    if not plain_norm(module.LayerNorm):
+        return block.skipped("embeddings", f"its norm is {module.LayerNorm}")
+    like, counts = tables[0].weight, block.family in COUNT_TOKENS
+    note = "inputs_embeds are given"
+    return _replaced(block, "embeddings", blocks.Embeddings, "embedding_layer_norm", like.shape, like, note, counts)
+
+
+def _transform(kind: type[Swapped], dense: str, activation: str, norm: str) -> Callable[[Block, Parts], Entries]:
+    def planned(block: Block, parts: Parts) -> Entries:
+        act = getattr(block.module, activation, F.gelu)  # RoBERTa calls the function
+        weight, norm_weight = _weight(getattr(block.module, dense)), getattr(block.module, norm).weight
+        found: dict[str, tuple[str | None, str]] = {}
+        if parts.gelu:
+            fits = blocks.approximation(act) is not None
+            found["gelu"] = _runs("bias_gelu", (1, len(weight)), weight) if fits else (None, f"its activation is {_called(act)}")  # fmt: skip
+        if parts.add_norm:
+            found["add_norm"] = _runs("layer_norm", (1, len(norm_weight)), norm_weight)
+        runs = {part: what for part, (what, _) in found.items() if what}
+        entries: Entries = [Skipped(block.name, part, why) for part, (what, why) in found.items() if not what]
+        if runs:
+            entries.append(Replacement(block.name, block.module, kind, runs, options=(dense, activation, norm)))
+        return entries
+
+    return planned
+
+
+def _masked_lm(block: Block, parts: Parts) -> Entries:
+    from stackbert_kernels.patch import masked_lm
+
+    if (block.family, block.role) == ("electra", "ForPreTraining"):  # that one finds replaced tokens
+        return []
+    head = {"bert": masked_lm.bert_head, "electra": masked_lm.electra_head}.get(block.family, masked_lm.roberta_head)
+    decoder = head(block.module)[1]
+    if not plain(decoder, nn.Linear) or decoder.bias is None:
+        return block.skipped("mlm_loss", f"its decoder is a {_called(decoder)}")
+    options = masked_lm.Options(_arguments(block.module), block.module.base_model_prefix, head)
+    note = "there are no labels or it evaluates; in training logits are made when read"
+    like = decoder.weight
+    return _replaced(block, "mlm_loss", masked_lm.MaskedLM, "masked_lm_loss", (1, like.shape[1]), like, note, options)
+
+
+PLANS: dict[str, Callable[[Block, Parts], Entries]] = {
+    "SelfAttention": _attention,
+    "CrossAttention": _cross_attention,
+    "SelfOutput": _add_norm,
+    "Output": _add_norm,
+    "Intermediate": _intermediate,
+    "Embeddings": _embeddings,
+    "PredictionHeadTransform": _transform(blocks.Transform, "dense", "transform_act_fn", "LayerNorm"),
+    "GeneratorPredictions": _transform(blocks.Transform, "dense", "activation", "LayerNorm"),
+    "LMHead": _transform(blocks.Head, "dense", "activation", "layer_norm"),
+    "ForMaskedLM": _masked_lm,
+    "ForPreTraining": _masked_lm,
+}
+PARTS_OF = {
+    "SelfAttention": ("attention", "unpad"),
+    "CrossAttention": ("attention",),
+    "SelfOutput": ("add_norm",),
+    "Output": ("add_norm",),
+    "Intermediate": ("gelu",),
+    "Embeddings": ("embeddings",),
+    "PredictionHeadTransform": ("gelu", "add_norm"),
+    "GeneratorPredictions": ("gelu", "add_norm"),
+    "LMHead": ("gelu", "add_norm"),
+    "ForMaskedLM": ("mlm_loss",),
+    "ForPreTraining": ("mlm_loss",),
+}
+
+
+def _encoder(block: Block, known: list[Block], parts: Parts, entries: Entries) -> Entries:
+    """A …Model whose attention was replaced in every layer: it tells them which tokens there are, and packs them."""
+    if block.role != "Model" or isinstance(block.module, Swapped) or not (parts.attention or parts.unpad):
+        return []
+    fused = {id(e.module) for e in entries if isinstance(e, Replacement) and e.kind is blocks.SelfAttention}
+    layers = block.module.encoder.layer
+    if (
+        "forward" in block.module.__dict__
+        or not layers
+        or not all(id(layer.attention.self) in fused for layer in layers)
+    ):
+        return block.skipped("unpad", "it needs the fused attention in every layer") if parts.unpad else []
+    heads = [b.role for b in known if (b is not block and not b.name) or block.name.startswith(f"{b.name}.")]
+    unpad, made = parts.unpad, []
+    if unpad and "ForQuestionAnswering" in heads:
+        unpad = False
+        made = block.skipped("unpad", "start and end are a softmax over all positions, padding included")
+    reads_first = getattr(block.module, "pooler", None) is not None or not set(heads) <= set(READ_TOKENS)
+    options = encoder.Options(_arguments(block.module), unpad, block.family in COUNT_TOKENS, reads_first)
+    notes = ["as for attention", *(["inputs_embeds are given"] if unpad else [])]
+    notes += ["a head reads the first column, and there is padding in it"] if unpad and reads_first else []
+    runs = {"unpad": "tokens packed once"} if unpad else {"attention": "one look at the mask for all layers"}
+    return [*made, Replacement(block.name, block.module, encoder.Encoder, runs, "; ".join(notes), options)]
