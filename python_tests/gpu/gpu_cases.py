@@ -186,6 +186,27 @@ def adam(name: str, layers: int, columns: int, decay: int) -> Case:
     return Case("adamw_", name, make, call, {"steps": steps, "norm": torch.tensor(3.0)}, wide=named)
 
 
+def layerwise(op: str, layers: int, parts: list[int], decay: int) -> Case:
+    """LAMB and LANS, on copies as adam()."""
+
+    def call(t, n, rng, impl):
+        with torch.no_grad():
+            weights, exp_avg, exp_avg_sq = t["weights"].clone(), t["exp_avg"].clone(), t["exp_avg_sq"].abs()
+            getattr(ops, op)(
+                [weights], [t["grads"]], [exp_avg], [exp_avg_sq], [n["steps"].clone()], [decay], [parts],
+                lr=0.1, weight_decay=0.5, norm=n["norm"], impl=impl,
+            )  # fmt: skip
+            return torch.stack([weights, exp_avg, exp_avg_sq])
+
+    def make() -> dict[str, Tensor]:
+        return {name: normal(i, layers, sum(parts)) for i, name in enumerate(named)}
+
+    steps = torch.arange(layers, dtype=torch.float32) * 7
+    named = ("weights", "grads", "exp_avg", "exp_avg_sq")
+    name = f"{layers} x {len(parts)} parts"
+    return Case(op, name, make, call, {"steps": steps, "norm": torch.tensor(3.0)}, wide=named)
+
+
 def duplication(name: str, rows: int, columns: int, layer_map: list[int], apart: int = 0) -> Case:
     """On a copy, which has `apart` more columns: rows that are not one behind the other. Its gradient is the copy's, by torch."""
 
@@ -224,6 +245,8 @@ SMALL = (
     embedding("odd", 5, 20, (7, 5, 2), 0.1),
     embedding("p=0", 70, 33, (3, 70, 1), 0.0),
     adam("bank", 3, 75, 60),
+    *(layerwise(op, 2, [7, 20], 7) for op in ("lamb_", "lans_")),
+    *(layerwise(op, 3, [40, 20, 15], 60) for op in ("lamb_", "lans_")),
     duplication("interleave", 6, 1003, [0, 0, 1, 1, 2, 2], apart=5),
 )
 
@@ -246,6 +269,7 @@ LARGE = tuple(
         loss("base", 1229, 768, 30_528, False),
         embedding("base", 8192, 768, (30_522, 512, 2), 0.1),
         adam("base", 12, 1 << 16, 60_000),
+        *(layerwise(op, 12, [40_000, 20_000, 5_536], 60_000) for op in ("lamb_", "lans_")),
         duplication("base", 12, 1 << 18, [0, 1, 2, 3, 4, 5] * 2),
     )
 )

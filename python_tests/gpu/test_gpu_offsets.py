@@ -177,7 +177,7 @@ def test_embedded_tokens(device, op, impl):
         assert_near(last(ids), last(ids[-LAST:]), dtype)
 
 
-@pytest.mark.parametrize(("device", "op", "impl"), targets("adamw_"))
+@pytest.mark.parametrize(("device", "op", "impl"), targets("adamw_", "lamb_"))
 def test_a_step_of_one_tensor(device, op, impl):
     size = device.many + 1000
     with room(device, impl, 20 * size):
@@ -186,7 +186,7 @@ def test_a_step_of_one_tensor(device, op, impl):
         step = [torch.zeros((), device=device.kind)]
         few = [t[-1000:].clone() for t in (weights, grads, *moments)]
         for w, g, m, v in ((weights, grads, *moments), few):
-            ops.adamw_([w], [g], [m], [v], [step[0].clone()], [0], lr=0.1, impl=impl)
+            getattr(ops, op)([w], [g], [m], [v], [step[0].clone()], [0], lr=0.1, impl=impl)
         for t, alone_ in zip((weights, *moments), (few[0], *few[2:]), strict=True):
             assert torch.equal(t[-1000:], alone_) and alone_.abs().min() > 0
             assert t[:1000].abs().max() == 0

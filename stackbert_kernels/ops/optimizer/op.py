@@ -30,14 +30,16 @@ def _why_not(impl: str, weights: Tensor) -> str | None:
 
 OP = library.Op("adamw_", TABLE, _why_not)
 
+triton_lamb = library.lazy("stackbert_kernels.ops.optimizer.triton_layerwise", "lamb_")
 LAMB_TABLE = {
-    "cpu": {"reference": reference.lamb_, "native": native.lamb_},
-    "cuda": {"reference": reference.lamb_, "native": native.lamb_cuda_},
+    "cpu": {"reference": reference.lamb_, "native": native.lamb_, "triton": triton_lamb},
+    "cuda": {"reference": reference.lamb_, "native": native.lamb_cuda_, "triton": triton_lamb},
 }
 LAMB = library.Op("lamb_", LAMB_TABLE, _why_not)
+triton_lans = library.lazy("stackbert_kernels.ops.optimizer.triton_layerwise", "lans_")
 LANS_TABLE = {
-    "cpu": {"reference": reference.lans_, "native": native.lans_},
-    "cuda": {"reference": reference.lans_, "native": native.lans_cuda_},
+    "cpu": {"reference": reference.lans_, "native": native.lans_, "triton": triton_lans},
+    "cuda": {"reference": reference.lans_, "native": native.lans_cuda_, "triton": triton_lans},
 }
 LANS = library.Op("lans_", LANS_TABLE, _why_not)
 

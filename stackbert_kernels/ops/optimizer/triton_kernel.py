@@ -14,21 +14,11 @@ import triton.language as tl
 from torch import Tensor
 
 from stackbert_kernels.ops import _triton
-from stackbert_kernels.ops.optimizer import segments
+from stackbert_kernels.ops.optimizer import segments, triton_layerwise
+from stackbert_kernels.ops.optimizer.triton_step import at, counted, decided, power, squares_kernel, total
 
 _W, _G, _M, _V, _C, _T = (tl.constexpr(f) for f in segments.ADDRESSES)
 _SIZE, _DECAY, _FIRST, _WIDE, _FIELDS = (tl.constexpr(f) for f in (*segments.SIZES, segments.FIELDS))
-
-
-@triton.jit
-def _power(base, n):
-    """base^n by squaring in float64, as the C++ kernel has it; n [N] int64 below 2^25, the integers that float32 counts."""
-    result = tl.full(n.shape, 1.0, tl.float64)
-    for _ in tl.static_range(25):
-        result = tl.where(n % 2 == 1, result * base, result)
-        base *= base
-        n = n // 2
-    return result
 
 
 @triton.jit(do_not_specialize=["rows", "lr", "max_norm"])
@@ -46,17 +36,7 @@ def prepare_kernel(
     BETA2: tl.constexpr,
     ROWS: tl.constexpr,
 ):
-    scale, norm, found_inf = 1.0, 0.0, 0.0
-    if scale_ptr is not None:
-        scale = tl.load(scale_ptr)
-    if norm_ptr is not None:
-        norm = tl.load(norm_ptr)
-    if found_inf_ptr is not None:
-        found_inf = tl.load(found_inf_ptr)
-    norm = tl.cast(norm * scale, tl.float32)
-    taken = (tl.abs(norm) < float("inf")) & (found_inf == 0.0)  # false for NaN
-    clip = tl.where(max_norm > 0.0, tl.div_rn(tl.cast(max_norm, tl.float32), norm + 1e-6), 1.0)
-
+    taken, factor = decided(norm_ptr, scale_ptr, found_inf_ptr, max_norm)
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     inside = row < rows
     step_ptr = tl.load(table_ptr + row * _FIELDS + _T, mask=inside, other=0).to(tl.pointer_type(tl.float32))
@@ -64,25 +44,15 @@ def prepare_kernel(
     tl.store(step_ptr, step, mask=inside)
     n = tl.maximum(step, 1.0).to(tl.int64)
     base1, base2 = tl.full((ROWS,), BETA1, tl.float64), tl.full((ROWS,), BETA2, tl.float64)
-    step_size = tl.cast(lr, tl.float64) / (1.0 - _power(base1, n))
-    root = 1.0 / tl.sqrt(1.0 - _power(base2, n))
+    step_size = tl.cast(lr, tl.float64) / (1.0 - power(base1, n))
+    root = 1.0 / tl.sqrt(1.0 - power(base2, n))
     tl.store(factors_ptr + 2 + 2 * row, step_size.to(tl.float32), mask=inside)
     tl.store(factors_ptr + 3 + 2 * row, root.to(tl.float32), mask=inside)
 
     if tl.program_id(0) == 0:
-        tl.store(factors_ptr, scale * tl.minimum(clip, 1.0))
+        tl.store(factors_ptr, factor)
         tl.store(factors_ptr + 1, tl.where(taken, 0.0, 1.0))
-        if skipped_ptr is not None:
-            tl.store(skipped_ptr, tl.load(skipped_ptr) + tl.where(taken, 0.0, 1.0))
-            tl.store(skipped_ptr + 1, tl.where(taken, 0.0, tl.load(skipped_ptr + 1) + 1.0))
-
-
-@triton.jit
-def _at(address, i, WIDE: tl.constexpr, dtype: tl.constexpr = tl.float32):
-    """Pointers to elements i of the array at `address`. WIDE: those of four elements are aligned, which Triton cannot know of a number in
-    a table. (Not more than four: else a copy in bfloat16 would change threads to be stored 16 bytes at a time.)"""
-    pointers = address.to(tl.pointer_type(dtype)) + i
-    return tl.multiple_of(pointers, dtype.primitive_bitwidth // 2) if WIDE else pointers
+        counted(skipped_ptr, taken)
 
 
 @triton.jit
@@ -104,8 +74,8 @@ def _update(
     """Elements first .. first + ELEMENTS - 1 of a row. WIDE: all are there, for 16-byte accesses."""
     i = first + tl.arange(0, ELEMENTS)
     inside = None if WIDE else i < tl.load(line + _SIZE)
-    w_ptr, g_ptr = _at(tl.load(line + _W), i, WIDE), _at(tl.load(line + _G), i, WIDE)
-    m_ptr, v_ptr = _at(tl.load(line + _M), i, WIDE), _at(tl.load(line + _V), i, WIDE)
+    w_ptr, g_ptr = at(tl.load(line + _W), i, WIDE), at(tl.load(line + _G), i, WIDE)
+    m_ptr, v_ptr = at(tl.load(line + _M), i, WIDE), at(tl.load(line + _V), i, WIDE)
     factor, step_size, root = (
         tl.load(factors_ptr),
         tl.load(factors_ptr + 2 + 2 * row),
@@ -121,7 +91,7 @@ def _update(
     tl.store(v_ptr, v, mask=inside)
     tl.store(w_ptr, w, mask=inside)
     if COPIES:
-        tl.store(_at(tl.load(line + _C), i, WIDE, tl.bfloat16), w.to(tl.bfloat16), mask=inside)
+        tl.store(at(tl.load(line + _C), i, WIDE, tl.bfloat16), w.to(tl.bfloat16), mask=inside)
 
 
 @triton.jit(do_not_specialize=["decayed", "beta1", "rest1", "beta2", "rest2", "eps"])
@@ -152,29 +122,10 @@ def adamw_kernel(
             _update(line, factors_ptr, row, first + part, decayed, beta1, rest1, beta2, rest2, eps, PART, COPIES, False)
 
 
-@triton.jit
-def squares_kernel(table_ptr, lines_ptr, partials_ptr, ELEMENTS: tl.constexpr):
-    """The sum of squares of a block; table_ptr [tensors, 4]: address, size, first block, whole blocks."""
-    line = table_ptr + tl.load(lines_ptr + tl.program_id(0)).to(tl.int64) * 4
-    block = tl.program_id(0) - tl.load(line + 2)
-    i = block * ELEMENTS + tl.arange(0, ELEMENTS)
-    if block < tl.load(line + 3):
-        x = tl.load(_at(tl.load(line), i, True))
-    else:
-        x = tl.load(_at(tl.load(line), i, False), mask=i < tl.load(line + 1), other=0.0)
-    tl.store(partials_ptr + tl.program_id(0), tl.sum(x * x, 0))
-
-
 @triton.jit(do_not_specialize=["blocks"])
 def total_kernel(partials_ptr, norm_ptr, blocks, BLOCKS: tl.constexpr):
     """One program."""
-    total = tl.zeros((BLOCKS,), tl.float64)
-    first = tl.program_id(0)  # 0; a while loop, for the interpreter takes no argument as the bound of a range
-    while first < blocks:
-        i = first + tl.arange(0, BLOCKS)
-        total += tl.load(partials_ptr + i, mask=i < blocks, other=0.0).to(tl.float64)
-        first += BLOCKS
-    tl.store(norm_ptr, tl.sqrt(tl.sum(total, 0)).to(tl.float32))
+    tl.store(norm_ptr, tl.sqrt(total(partials_ptr, blocks, BLOCKS)).to(tl.float32))
 
 
 @dataclass(frozen=True)
@@ -219,6 +170,7 @@ def adamw_(
 
 
 NORM_ELEMENTS, NORM_BLOCKS = 4096, 1024  # of a program
+NORM_FIELDS = {"FIELDS": 4, "ADDRESS": 0, "SIZE": 1, "FIRST": 2}
 
 
 def global_norm(tensors: list[Tensor]) -> Tensor:
@@ -228,7 +180,7 @@ def global_norm(tensors: list[Tensor]) -> Tensor:
         table, lines = segments.norm_tables(tensors, NORM_ELEMENTS)
         norm, partials = tensors[0].new_empty(()), tensors[0].new_empty(len(lines))
         if len(lines):
-            squares_kernel[(len(lines),)](table, lines, partials, ELEMENTS=NORM_ELEMENTS, num_warps=8)
+            squares_kernel[(len(lines),)](table, lines, partials, ELEMENTS=NORM_ELEMENTS, **NORM_FIELDS, num_warps=8)
         total_kernel[(1,)](partials, norm, len(lines), BLOCKS=NORM_BLOCKS, num_warps=8)
     return norm
 
@@ -263,7 +215,7 @@ def compilations(arch: int) -> list[_triton.Compilation]:
             "global_norm squares",
             squares_kernel,
             {"table_ptr": "*i64:16", "lines_ptr": "*i32:16", "partials_ptr": "*fp32:16"},
-            {"ELEMENTS": NORM_ELEMENTS},
+            {"ELEMENTS": NORM_ELEMENTS} | NORM_FIELDS,
             num_warps=8,
             max_registers=64,
             max_narrow=32,  # of the table; of the ends of tensors
@@ -276,4 +228,5 @@ def compilations(arch: int) -> list[_triton.Compilation]:
             num_warps=8,
             max_narrow=32,  # a number a load, several rounds of the loop at once
         ),
+        *triton_layerwise.compilations(arch),
     ]
