@@ -166,7 +166,7 @@ def test_weights_and_moments_of_a_stage_are_those_of_the_one_before(straight, st
         Stop(1, "on_step_end"),
         Stop(3, "on_step_end"),
         Stop(3, "on_save"),
-        Stop(4, "on_save"),
+        Stop(4, "on_step_end"),
         Stop(5, "on_save"),
         Stop(7, "on_step_end"),
     ],
@@ -234,6 +234,12 @@ def test_the_best_of_a_shallower_model_is_forgotten(tmp_path):
             "LayerNorm" not in name
         ):  # transformers 5.0 saves these under old names, which its own Trainer does not load again
             assert torch.equal(trainer.model.state_dict()[name], tensor), name
+
+
+def test_only_a_checkpoint_that_is_due_grows(straight):
+    stacking = StackingCallback(SCHEDULE)
+    for name in ("checkpoint-2", "checkpoint-4", "grown-3", "grown-5"):
+        assert stacking.grown(straight[0] / name) == straight[0] / name
 
 
 def test_a_checkpoint_that_was_cut_short_is_passed_over(straight, tmp_path):
