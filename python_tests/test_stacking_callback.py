@@ -12,6 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+import stackbert_kernels as sbk
 from stackbert_kernels.config import ConfigError
 
 transformers = pytest.importorskip("transformers")
@@ -234,6 +235,25 @@ def test_the_best_of_a_shallower_model_is_forgotten(tmp_path):
             "LayerNorm" not in name
         ):  # transformers 5.0 saves these under old names, which its own Trainer does not load again
             assert torch.equal(trainer.model.state_dict()[name], tensor), name
+
+
+def test_patched_models_grow_as_others_do(tmp_path):
+    """Each stage's model is patched where it is made: checkpoints know nothing of it."""
+    make = trainers(tmp_path / "patched")
+
+    def patched(checkpoint):
+        trainer = make(checkpoint)
+        sbk.patch(trainer.model, unpad=True)
+        return trainer
+
+    a = grow_and_resume(patched, StackingCallback(SCHEDULE), tmp_path / "patched")
+    b = run(tmp_path / "plain")
+    losses = [[line["loss"] for line in t.state.log_history if "loss" in line] for t in (a, b)]
+    assert len(losses[0]) == 8 and losses[0] == pytest.approx(losses[1], rel=1e-4)  # fp32 rounding, over eight steps
+    configs = [json.loads((tmp_path / name / "grown-5" / "config.json").read_text()) for name in ("patched", "plain")]
+    assert configs[0] == configs[1]
+    names = [set(load_file(tmp_path / name / "grown-5" / "model.safetensors")) for name in ("patched", "plain")]
+    assert names[0] == names[1]
 
 
 def test_only_a_checkpoint_that_is_due_grows(straight):
