@@ -190,6 +190,11 @@ def test_a_source_has_sources(tmp_path):
     spent = {source.path: source.spent for source in read_run(third).sources}
     assert spent[str(second)].flops == pytest.approx(3e10)
     assert spent[str(third)] is None  # itself: nothing is counted in a circle
+    here, there = tmp_path / "here", tmp_path / "there"
+    write_run(here, extra=(source_event(there),))
+    write_run(there, extra=(source_event(here),))
+    circle = read_run(write_run(tmp_path / "outside", extra=(source_event(here),))).sources[0]
+    assert circle.spent.flops == pytest.approx(2e11)  # each of the two once
 
 
 def test_a_source_without_its_run(tmp_path):

@@ -262,19 +262,36 @@ def test_options_reach_the_runs():
         replace(command, lr=("mslt=x",)).rates(["mslt"])
 
 
+def test_a_method_with_an_evaluation_of_its_own_is_refused(folder, monkeypatch):
+    """Its losses would mean something else, which is said before hours of training and not after."""
+
+    def easier(base, options):
+        return replace(base, data=replace(base.data, mask_rate=0.05), stages=(), recipe="easier")
+
+    monkeypatch.setitem(RECIPES, "easier", (easier, RECIPES["baseline"][1]))
+    sweep = replace(sweep_of(folder), methods=("baseline", "easier"))
+    with pytest.raises(
+        ConfigError, match=r"easier would be evaluated in another way than baseline: mask_rate 0.05 and 0.15"
+    ):
+        sweeps.checked(sweep)
+
+
+METHODS = ("baseline", "mslt", "stacking", "incremental")
+
+
 def sweep_of(tmp_path, **changes) -> Sweep:
     base = TrainConfig(
         model=ModelConfig(layers=12, hidden=16, heads=2, max_position=16),
         data=DataConfig(text=("text.txt",), seq_len=16, batch_tokens=64),
         seed=3,
     )
-    return Sweep(base, tuple(RECIPES), tmp_path, 10.0, **changes)
+    return Sweep(base, METHODS, tmp_path, 10.0, **changes)
 
 
 def test_every_method_has_the_same_shape_of_run(tmp_path):
     """Whatever a recipe does with its stages: warm-up, evaluations and batches are laid over its steps in the same way."""
     sweep = sweep_of(tmp_path, warmup=0.1, rates={"mslt": 7e-3})
-    for method in RECIPES:
+    for method in METHODS:
         config = sweep.config(method, 400)
         assert config.steps == 400 and config.optim.warmup == 40 and config.eval_every == 20 and config.recipe == method
         assert config.data == sweep.base.data and config.seed == 3
@@ -283,7 +300,7 @@ def test_every_method_has_the_same_shape_of_run(tmp_path):
         assert [s.steps for s in timed.stages] == [4] * len(
             config.stages
         ) and timed.optim.lr < 1e-5  # nothing diverges in four steps
-    assert [(seed, path.name) for _, seed, path in sweep.runs()[:: len(RECIPES)]] == [
+    assert [(seed, path.name) for _, seed, path in sweep.runs()[:: len(METHODS)]] == [
         (s, f"baseline-seed{s}") for s in (3, 4, 5)
     ]
 

@@ -20,7 +20,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from stackbert_kernels.compare.comparison import compare
+from stackbert_kernels.compare.comparison import compare, evaluated_otherwise
 from stackbert_kernels.compare.output import write
 from stackbert_kernels.config import ConfigError, TrainConfig, differences, from_dict, to_dict
 from stackbert_kernels.data.prepare import is_prepared, load_manifest, prepare
@@ -109,8 +109,13 @@ def checked(sweep: Sweep, *, fresh: bool = False) -> Sweep:
         raise ConfigError(f"sweep: minutes must be > 0, got {sweep.seconds / 60:g}")
     if not 0 < sweep.warmup < 1:
         raise ConfigError(f"sweep: warmup_share must be in (0, 1), got {sweep.warmup:g}")
-    for method in sweep.methods:
-        sweep.config(method, PROBE_STEPS)
+    first, *others = ((method, sweep.config(method, PROBE_STEPS)) for method in sweep.methods)
+    for method, config in others:
+        differing = evaluated_otherwise(config, first[1])
+        if differing:
+            raise ConfigError(
+                f"sweep: {method} would be evaluated in another way than {first[0]}: {', '.join(differing)}; give all of them the same"
+            )
     out = sweep.directory
     if out.exists() and not out.is_dir():
         raise ConfigError(f"out must be a directory, got a file: {out}")

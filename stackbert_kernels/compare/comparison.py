@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from stackbert_kernels.compare.runs import MEASURES, NOT_DECAYED, Point, Run, Spent, read_run, run_directories, settings
-from stackbert_kernels.config import MAY_CHANGE_ON_RESUME, ConfigError
+from stackbert_kernels.config import MAY_CHANGE_ON_RESUME, ConfigError, TrainConfig
 from stackbert_kernels.plan import warmup_steps
 
 MID_DECAY = 0.9
@@ -24,7 +24,7 @@ PLATEAU_MARGIN = 0.1
 """Nats below the unigram loss from which a baseline has learned to use context."""
 NOT_OF_THE_METHOD = ("seed", "data.text", "data.vocab", *MAY_CHANGE_ON_RESUME)
 UNREMARKABLE = ("recipe", "steps", "eval_every", "optim.warmup", *NOT_OF_THE_METHOD)
-DECIDES_EVALUATION = ("data.seq_len", "data.mask_rate", "data.whole_word", "data.eval_tokens")
+DECIDES_EVALUATION = ("data.seq_len", "data.mask_rate", "data.whole_word", "data.max_ngram", "data.eval_tokens")
 
 
 @dataclass(frozen=True)
@@ -276,10 +276,7 @@ def _comparable(runs: Sequence[Run]) -> list[str]:
                 f"compare: {run.directory} has another text or tokenizer than {first.directory} (losses without context {run.unigram[0]:.4f} "
                 f"and {first.unigram[0]:.4f}): their losses cannot be compared"
             )
-        ours, theirs = settings(run.config), settings(first.config)
-        differing = [
-            f"{k.rpartition('.')[2]} {ours[k]} and {theirs[k]}" for k in DECIDES_EVALUATION if ours[k] != theirs[k]
-        ]
+        differing = evaluated_otherwise(run.config, first.config)
         if differing:
             raise ConfigError(
                 f"compare: {run.directory} was evaluated in another way than {first.directory}: {', '.join(differing)}: "
@@ -295,6 +292,16 @@ def _comparable(runs: Sequence[Run]) -> list[str]:
     if len(texts) > 1:
         notes.append("the runs were trained on different texts (the tokenizer and the held-out text are the same)")
     return notes
+
+
+def evaluated_otherwise(ours: TrainConfig, theirs: TrainConfig) -> list[str]:
+    """The settings in which two runs' evaluations differ: "mask_rate 0.3 and 0.15", so that their losses mean different things."""
+    a, b = settings(ours), settings(theirs)
+    return [
+        f"{name.rpartition('.')[2]} {a[name]} and {b[name]}"
+        for name in DECIDES_EVALUATION
+        if name in a and a[name] != b[name]
+    ]
 
 
 def _method_notes(methods: Sequence[Method], free_source: bool) -> list[str]:
