@@ -33,7 +33,14 @@ from stackbert_kernels.config import (
     to_dict,
 )
 from stackbert_kernels.plan import cost_table, relative_step_cost
-from stackbert_kernels.recipes import RECIPES, IncrementalOptions, MsltOptions, StackingOptions
+from stackbert_kernels.recipes import (
+    RECIPES,
+    AlbertOptions,
+    IncrementalOptions,
+    MsltOptions,
+    ShareThenUnshareOptions,
+    StackingOptions,
+)
 from stackbert_kernels.train.checkpoint import CheckpointError
 
 DONE, FAILED, BAD_ARGUMENTS = 0, 1, 2
@@ -57,6 +64,7 @@ class _Text(_Data):
     batch_tokens: Suppress[int] = 8
     mask_rate: Suppress[float] = DataConfig.mask_rate
     whole_word: Suppress[bool] = False
+    max_ngram: Suppress[int] = 1
     eval_tokens: Suppress[int] = DataConfig.eval_tokens
 
 
@@ -71,7 +79,8 @@ class Pretrain(TrainConfig):
     """The run directory."""
     recipe: Literal[tuple(RECIPES)] = "mslt"
     """The training method: baseline (all layers from the start), mslt (multi-stage layerwise training), stacking (a shallow encoder copied
-    on top of itself), incremental (new layers alone, then all)."""
+    on top of itself), incremental (new layers alone, then all), share_then_unshare (layers share weights at first), albert (they
+    share them throughout)."""
     dry_run: Flag = False
     """Print stages and predicted cost, then stop."""
     fresh: Flag = False
@@ -84,6 +93,8 @@ class Pretrain(TrainConfig):
     mslt: MsltOptions = field(default_factory=MsltOptions)
     stacking: StackingOptions = field(default_factory=StackingOptions)
     incremental: IncrementalOptions = field(default_factory=IncrementalOptions)
+    share_then_unshare: ShareThenUnshareOptions = field(default_factory=ShareThenUnshareOptions)
+    albert: AlbertOptions = field(default_factory=AlbertOptions)
 
     def __post_init__(self):
         """Checked by `config`: the recipe may make the stages that these settings need."""
@@ -93,7 +104,9 @@ class Pretrain(TrainConfig):
         settings = {f.name: getattr(self, f.name) for f in fields(TrainConfig)} | {"data": _plain(self.data)}
         for name, (_, options) in RECIPES.items():
             if name != self.recipe and getattr(self, name, options()) != options():
-                raise ConfigError(f"--{name} options need --recipe {name}, got --recipe {self.recipe}")
+                raise ConfigError(
+                    f"--{name.replace('_', '-')} options need --recipe {name}, got --recipe {self.recipe}"
+                )
         recipe, options = RECIPES[self.recipe]
         return recipe(TrainConfig(**settings), getattr(self, self.recipe, options()))
 

@@ -22,6 +22,9 @@ OPTIMIZERS = ("adamw", "lamb", "lans")
 IMPLEMENTATIONS = ("auto", "reference", "native", "triton")
 GROWTH_OPERATORS = ("copy_top", "stack", "interleave", "random", "identity")
 """The names of growth/depth.py's operators: known here so that a wrong one is refused before torch is loaded."""
+UNSHARE = "unshare"
+"""What Stage.grow says where layers that read one row of the bank get rows of their own (growth/share.py)."""
+SHARED_GRADIENTS = ("sum", "mean")
 MAY_CHANGE_ON_RESUME = ("checkpoint_every", "keep", "log_every")
 """Settings that do not change any computed number."""
 
@@ -61,6 +64,8 @@ class ModelConfig:
     """Attention heads; hidden must be divisible by them."""
     inner: int = 0
     """Width of the feed-forward layer; 0 = 4 x hidden."""
+    embedding: int = 0
+    """Width of the embeddings, with a linear map to hidden after them (ALBERT); 0 = hidden, with none."""
     vocab_size: int = 0
     """Rows of the word embedding; 0 = as many as the tokenizer has words."""
     max_position: int = 512
@@ -79,6 +84,8 @@ class ModelConfig:
     """On the attention probabilities; default: the same as dropout."""
     init_std: float = 0.02
     """Standard deviation of new weights."""
+    equal_init: bool = False
+    """Whether all layers begin with the weights of the first."""
     objective: str = "mlm"
     """mlm, mlm+nsp (next sentence) or mlm+sop (sentence order)."""
 
@@ -90,6 +97,7 @@ class ModelConfig:
             f"hidden must be divisible by heads, got hidden {self.hidden}, heads {self.heads}",
         )
         _require(self.inner >= 0, f"inner must be >= 0, got {self.inner}")
+        _require(self.embedding >= 0, f"embedding must be >= 0, got {self.embedding}")
         _require(self.vocab_size >= 0, f"vocab_size must be >= 0, got {self.vocab_size}")
         _one_of("activation", self.activation, ACTIVATIONS)
         _one_of("norm", self.norm, NORMS)
@@ -106,6 +114,10 @@ class ModelConfig:
     @property
     def head_dim(self) -> int:
         return self.hidden // self.heads
+
+    @property
+    def embedding_width(self) -> int:
+        return self.embedding or self.hidden
 
 
 @dataclass(frozen=True)
@@ -128,6 +140,9 @@ class DataConfig:
     """Share of the tokens to predict; of these 80% are shown as [MASK], 10% as another word, 10% as they are."""
     whole_word: bool = False
     """Mask all pieces of a word together."""
+    max_ngram: int = 1
+    """Longest run of tokens (of words with whole_word) that is masked together, of length n with a probability in proportion to 1/n;
+    1 = each by itself (BERT), 3 = ALBERT. Held-out text is always masked as with 1."""
     heldout: float = 0.01
     """Share of the documents kept for evaluation."""
     eval_tokens: int = 32768
@@ -140,6 +155,7 @@ class DataConfig:
             f"batch_tokens must be >= seq_len, got batch_tokens {self.batch_tokens}, seq_len {self.seq_len}",
         )
         _positive(train_vocab_size=self.train_vocab_size, eval_tokens=self.eval_tokens)
+        _require(1 <= self.max_ngram <= 16, f"max_ngram must be in [1, 16], got {self.max_ngram}")
         _fraction(mask_rate=self.mask_rate, heldout=self.heldout)
         _positive(mask_rate=self.mask_rate, heldout=self.heldout)
 
@@ -191,7 +207,14 @@ class Stage:
     depth: int
     train_from: int = 0
     grow: str | None = None
-    """How layers get their weights when depth rises: copy_top, stack, interleave, random or identity; None = no growth."""
+    """How layers get their weights when depth rises: copy_top, stack, interleave, random or identity; unshare: layers that shared a row
+    of the bank get copies of it; None = no growth."""
+    rows: tuple[int, ...] = ()
+    """The row of the bank that each layer reads; empty = its own. Layers with the same row share their weights."""
+    ffn_rows: tuple[int, ...] = ()
+    """The same for the feed-forward half of the layers, where that differs from the attention half."""
+    shared_gradient: str = "sum"
+    """What a shared row learns from: the sum over the layers that read it, or their mean."""
     embeddings: str = "train"
     """Word, position and type embeddings in this stage: train (in and out), freeze, output_grad (the tied word embedding learns from
     the decoder alone), untie (the decoder learns on a private copy), full (gradient through the frozen layers too)."""
@@ -217,6 +240,8 @@ class Stage:
         _one_of("embeddings", self.embeddings, EMBEDDING_POLICIES)
         _one_of("optimizer_state", self.optimizer_state, OPTIMIZER_STATES)
         _one_of("lr_policy", self.lr_policy, LR_POLICIES)
+        _one_of("shared_gradient", self.shared_gradient, SHARED_GRADIENTS)
+        _check_rows(self)
         _check_curve(self)
         _require(
             0 <= self.rewarm <= self.steps,
@@ -227,6 +252,20 @@ class Stage:
             f"embeddings cannot be 'train' where train_from is {self.train_from}: the boundary is detached; "
             "use freeze, output_grad, untie or full",
         )
+
+    @property
+    def attention_rows(self) -> tuple[int, ...]:
+        """The row of the bank that each layer's attention half reads."""
+        return self.rows or tuple(range(self.depth))
+
+    @property
+    def feed_forward_rows(self) -> tuple[int, ...]:
+        return self.ffn_rows or self.attention_rows
+
+    @property
+    def bank_rows(self) -> int:
+        """Rows [0, bank_rows) are read by a layer."""
+        return max(self.attention_rows + self.feed_forward_rows) + 1
 
 
 @dataclass(frozen=True)
@@ -311,16 +350,69 @@ def _check_curve(stage: Stage) -> None:
         )
 
 
+def _check_rows(stage: Stage) -> None:
+    if not stage.rows:
+        _require(
+            not stage.ffn_rows and stage.shared_gradient == "sum",
+            "ffn_rows and shared_gradient need rows, got none",
+        )
+        return
+    for name, rows in (("rows", stage.rows), ("ffn_rows", stage.feed_forward_rows)):
+        _require(
+            len(rows) == stage.depth and all(0 <= row <= i for i, row in enumerate(rows)),
+            f"{name} must name, for each of {stage.depth} layers, one of the rows up to its own, got {rows}",
+        )
+    used = set(stage.rows) | set(stage.feed_forward_rows)
+    _require(used == set(range(len(used))), f"rows must be numbered without a gap, got {sorted(used)}")
+    _require(
+        stage.train_from == 0,
+        f"layers that share rows learn together: train_from must be 0 with rows, got {stage.train_from}",
+    )
+    _require(
+        not stage.ffn_rows or stage.shared_gradient == "sum",
+        "shared_gradient 'mean' is of whole layers: not with ffn_rows",
+    )
+
+
+def check_unsharing(old: Stage, new: Stage, *, where: str = "") -> None:
+    """Whether the layers of `new` can get their rows as copies of those they read in `old`; ConfigError if not."""
+    _require(
+        new.depth == old.depth and not (old.ffn_rows or new.ffn_rows),
+        f"{where}{UNSHARE} is of whole layers at one depth, got depth {old.depth} -> {new.depth}, ffn_rows {new.ffn_rows}",
+    )
+    before = old.attention_rows
+    for row in range(new.bank_rows):
+        sources = {before[i] for i, r in enumerate(new.attention_rows) if r == row}
+        _require(
+            len(sources) == 1,
+            f"{where}{UNSHARE} cannot merge: row {row} would gather layers of rows {sorted(sources)}, got {before} -> {new.attention_rows}",
+        )
+
+
+def _row_map(stage: Stage) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    return stage.attention_rows, stage.feed_forward_rows
+
+
 def _check_stages(stages: tuple[Stage, ...], layers: int, steps: int) -> None:
     depth = stages[0].depth
     _require(stages[0].grow is None, f"stages[0]: there is nothing to grow from, got grow={stages[0].grow!r}")
     for i, stage in enumerate(stages):
-        _require(stage.depth >= depth, f"stages[{i}]: depth {depth} -> {stage.depth} would drop layers")
+        before, where = stages[max(0, i - 1)], f"stages[{i}]: "
+        _require(stage.depth >= depth, f"{where}depth {depth} -> {stage.depth} would drop layers")
         if stage.depth > depth:
-            _require(stage.grow is not None, f"stages[{i}]: depth {depth} -> {stage.depth} needs grow, got grow=None")
-            check_growth(stage.grow, depth, stage.depth, where=f"stages[{i}]: ")
+            _require(
+                not (before.rows or stage.rows),
+                f"{where}layers that share rows cannot grow from depth {depth} to {stage.depth}: unshare them in a stage before",
+            )
+            _require(stage.grow is not None, f"{where}depth {depth} -> {stage.depth} needs grow, got grow=None")
+            check_growth(stage.grow, depth, stage.depth, where=where)
+        elif _row_map(stage) != _row_map(before):
+            _require(
+                stage.grow == UNSHARE, f"{where}rows change, which needs grow={UNSHARE!r}, got grow={stage.grow!r}"
+            )
+            check_unsharing(before, stage, where=where)
         elif i > 0:
-            _require(stage.grow is None, f"stages[{i}]: depth stays {depth}, got grow={stage.grow!r}")
+            _require(stage.grow is None, f"{where}depth stays {depth}, got grow={stage.grow!r}")
         depth = stage.depth
     _require(
         depth == layers, f"stages[{len(stages) - 1}]: the last stage must reach all {layers} layers, got depth {depth}"

@@ -1,6 +1,6 @@
 """TrainConfig -> the spans that the loop executes, and what they cost. Pure: nothing here reads a file, a clock or a tensor.
 
-C hidden, I inner, L layers, S tokens of a sequence, V vocabulary, b cost of a backward over that of its forward.
+C hidden, E width of the embeddings, I inner, L layers, S tokens of a sequence, V vocabulary, b cost of a backward over that of its forward.
 """
 
 from __future__ import annotations
@@ -103,7 +103,9 @@ def step_cost(depth: int, train_from: int, *, head: float = 0.0, backward: float
 def head_cost(model: ModelConfig, data: DataConfig) -> float:
     """Forward of the masked-LM head in forwards of one layer: its matrices see only the masked tokens."""
     vocab = vocab_size(model, data)
-    return _head_flops(model.hidden, vocab, data.mask_rate) / _layer_flops(model.hidden, model.inner, data.seq_len)
+    return _head_flops(model.hidden, model.embedding_width, vocab, data.mask_rate) / _layer_flops(
+        model.hidden, model.inner, data.seq_len
+    )
 
 
 def layer_flops(config: TrainConfig) -> float:
@@ -131,13 +133,13 @@ def flops_per_token(config: TrainConfig, stage: Stage) -> float:
     Attention's recomputation of its probabilities in the backward, element-wise work and embedding look-ups are not counted.
     """
     model, data = config.model, config.data
-    C, I = model.hidden, model.inner  # noqa: E741
+    C, E, I = model.hidden, model.embedding_width, model.inner  # noqa: E741
     rows = data.mask_rate + (
         0.0 if model.objective == "mlm" else 1.0 / data.seq_len
     )  # of a token: where the heads read
     qkv, attention, rest = 6.0 * C * C, 4.0 * data.seq_len * C, 2.0 * C * C + 4.0 * C * I
     embeddings_learn_below = stage.embeddings in ("train", "full")
-    total = 0.0
+    total = 2.0 * E * C * (3 if embeddings_learn_below else 1) if model.embedding else 0.0
     for layer in range(stage.depth):
         share = min(1.0, rows) if layer == stage.depth - 1 else 1.0
         total += qkv + attention + share * rest
@@ -147,7 +149,7 @@ def flops_per_token(config: TrainConfig, stage: Stage) -> float:
         elif stage.embeddings == "full":
             total += 2 * attention + rest + qkv
 
-    transform, decoder = 2.0 * C * C, 2.0 * C * vocab_size(model, data)
+    transform, decoder = 2.0 * C * E, 2.0 * E * vocab_size(model, data)
     decoder_learns = stage.embeddings != "freeze"
     total += data.mask_rate * (3 * transform + (3 if decoder_learns else 2) * decoder)
     if model.objective != "mlm":
@@ -171,29 +173,49 @@ def trainable_parameters(config: TrainConfig, stage: Stage) -> int:
     """How many parameters a step of `stage` updates; 4 bytes of each are what data-parallel training would reduce."""
     model = config.model
     C, V = model.hidden, vocab_size(model, config.data)
-    count = (stage.depth - stage.train_from) * layer_parameters(model)
+    learning = slice(stage.train_from, stage.depth)
+    count = len(set(stage.attention_rows[learning])) * attention_parameters(model)
+    count += len(set(stage.feed_forward_rows[learning])) * feed_forward_parameters(model)
     if stage.embeddings in ("train", "full"):
         count += embedding_parameters(model, V)
     if stage.embeddings in ("output_grad", "untie"):
-        count += V * C
+        count += V * model.embedding_width
     count += 2 * C if model.norm == "pre" else 0
     return count + head_parameters(model, V)
 
 
+def bank_rows(config: TrainConfig) -> int:
+    """Rows of the layer bank that some stage reads: as many as layers, unless they share for the whole run."""
+    return max(stage.bank_rows for stage in config.stages)
+
+
 def layer_parameters(model: ModelConfig) -> int:
+    return attention_parameters(model) + feed_forward_parameters(model)
+
+
+def attention_parameters(model: ModelConfig) -> int:
+    """Of one layer, its norm included."""
+    C = model.hidden
+    return 4 * (C * C + C) + 2 * C
+
+
+def feed_forward_parameters(model: ModelConfig) -> int:
+    """Of one layer, its norm included."""
     C, I = model.hidden, model.inner  # noqa: E741
-    return 4 * (C * C + C) + (2 * C * I + I + C) + 4 * C
+    return (2 * C * I + I + C) + 2 * C
 
 
 def embedding_parameters(model: ModelConfig, vocab: int) -> int:
-    return (vocab + model.max_position + model.token_types + 2) * model.hidden
+    """Tables and norm, and the map to the hidden width where there is one."""
+    C, E = model.hidden, model.embedding_width
+    return (vocab + model.max_position + model.token_types + 2) * E + (E * C + C if model.embedding else 0)
 
 
 def head_parameters(model: ModelConfig, vocab: int) -> int:
     """MLM transform, its norm and the output bias (the decoder is tied); pooler and pair classifier where the objective has them."""
-    C = model.hidden
+    C, E = model.hidden, model.embedding_width
     pair = 0 if model.objective == "mlm" else (C * C + C) + (2 * C + 2)
-    return (C * C + C) + 2 * C + vocab + pair
+    return (C * E + E) + 2 * E + vocab + pair
 
 
 def vocab_size(model: ModelConfig, data: DataConfig) -> int:
@@ -205,8 +227,8 @@ def _layer_flops(C: int, I: int, S: int) -> float:  # noqa: E741
     return 8.0 * C * C + 4.0 * C * I + 4.0 * S * C
 
 
-def _head_flops(C: int, V: int, mask_rate: float) -> float:
-    return mask_rate * (2.0 * C * C + 2.0 * C * V)
+def _head_flops(C: int, E: int, V: int, mask_rate: float) -> float:
+    return mask_rate * (2.0 * C * E + 2.0 * E * V)
 
 
 # --- the table ---

@@ -110,7 +110,7 @@ def test_the_schedule_is_laid_over_the_steps(contest, steps):
     for name in RECIPES:
         config = contest.recipe(name, steps)
         assert (config.steps, config.optim.warmup) == (steps, steps // 10)
-        assert config.seed == contest.base.seed and config.data == contest.base.data
+        assert config.seed == contest.base.seed and replace(config.data, max_ngram=1) == contest.base.data
     assert 18 <= steps / contest.of_steps(steps).eval_every <= 25
 
 

@@ -246,8 +246,8 @@ def test_models_that_cannot_be_represented(changes, message):
 def test_other_classes_and_versions(monkeypatch):
     with pytest.raises(TypeError, match="wanted BertModel, BertForMaskedLM or BertForPreTraining, got Linear"):
         hf.from_transformers(torch.nn.Linear(1, 1))
-    with pytest.raises(ValueError, match="wanted norm='post', got 'pre'"):
-        hf.to_transformers(tiny(norm="pre"))
+    with pytest.raises(ValueError, match=r"\(RobertaPreLayerNorm\) needs objective mlm, .*, got 'mlm\+nsp'"):
+        hf.to_transformers(tiny(norm="pre", objective="mlm+nsp"))
     monkeypatch.setattr(sys.modules["transformers"], "__version__", "4.57.1")
     with pytest.raises(ImportError, match=r"needs transformers 5\.0 or newer, found 4\.57\.1"):
         hf.from_transformers(None)

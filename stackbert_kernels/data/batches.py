@@ -12,7 +12,7 @@ import itertools
 import queue
 import threading
 from collections.abc import Iterator
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 import numpy as np
@@ -266,6 +266,11 @@ class Batches:
         order = draws.token_draws(keys, position)
         if count == 0:
             chosen = candidate
+        elif self.data.max_ngram > 1:
+            continues = None if self._continues is None else self._continues[original]
+            chosen = masking.choose_ngrams(
+                order, candidate, continues, sequence, cu, self.data.mask_rate, self.data.max_ngram
+            )
         elif self._continues is None:
             chosen = masking.choose_tokens(order, candidate, sequence, cu, self.data.mask_rate)
         else:
@@ -306,7 +311,7 @@ def _continuation_table(directory: Path, vocab_size: int) -> np.ndarray:
 def heldout(directory: Path | str, data: DataConfig, objective: str, seed: int) -> list[Batch]:
     """Held-out batches of about batch_tokens with fixed samples and masks: a fair draw of at most eval_tokens tokens (at least
     one sample)."""
-    batches = Batches(directory, data, objective, seed, "heldout")
+    batches = Batches(directory, replace(data, max_ngram=1), objective, seed, "heldout")  # one measure for all recipes
     order, ends = batches._order(0)
     samples = order[: max(1, np.searchsorted(ends, data.eval_tokens, side="right"))]
     lengths = batches._lengths[samples]

@@ -37,29 +37,79 @@ def choose_words(
 
     Where no word fits, the shortest is taken: every sample predicts something. `continues` bool [T]: pieces that go on with a word.
     """
-    count = wanted(np.add.reduceat(candidate, cu[:-1], dtype=np.int64), rate)
+    starts, ends = _words(candidate, continues)
+    return _choose_runs(draws, candidate, starts, ends, np.ones(len(starts), dtype=np.int64), sequence, cu, rate)
+
+
+def choose_ngrams(
+    draws: np.ndarray,
+    candidate: np.ndarray,
+    continues: np.ndarray | None,
+    sequence: np.ndarray,
+    cu: np.ndarray,
+    rate: float,
+    longest: int,
+) -> np.ndarray:
+    """bool [T]: runs of up to `longest` tokens, or words where `continues` is given, in the order of their first token's draw.
+
+    A run's length is `ngram_lengths` of the same draw; it is shortened to what fits what is left of `wanted`, and where a token that cannot
+    be masked, the sequence's end or a token already taken follows.
+    """
+    alone = np.zeros_like(candidate) if continues is None else continues
+    starts, ends = _words(candidate, alone)
+    return _choose_runs(draws, candidate, starts, ends, ngram_lengths(draws[starts], longest), sequence, cu, rate)
+
+
+def ngram_lengths(draws: np.ndarray, longest: int) -> np.ndarray:
+    """n in [1, longest] with p(n) = (1/n) / (1 + 1/2 + ... + 1/longest) (ALBERT, Lan et al. 2020), from the lower 24 bits, which decide no order."""
+    edges = np.cumsum(1 / np.arange(1, longest + 1))
+    uniform = (draws & np.uint64(2**24 - 1)).astype(np.float64) / 2**24
+    return np.searchsorted(edges[:-1] / edges[-1], uniform, side="right") + 1
+
+
+def _words(candidate: np.ndarray, continues: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """First and one-past-last tokens of the words that may be masked."""
     before = np.concatenate([[False], candidate[:-1]])
     starts = np.flatnonzero(candidate & ~(continues & before))
     ends = np.flatnonzero(candidate & ~np.append(candidate[1:] & continues[1:], False)) + 1
+    return starts, ends
+
+
+def _choose_runs(
+    draws: np.ndarray,
+    candidate: np.ndarray,
+    starts: np.ndarray,
+    ends: np.ndarray,
+    lengths: np.ndarray,
+    sequence: np.ndarray,
+    cu: np.ndarray,
+    rate: float,
+) -> np.ndarray:
+    """bool [T]: words [starts, ends), each drawn one with those after it that touch it, `lengths` together."""
+    count = wanted(np.add.reduceat(candidate, cu[:-1], dtype=np.int64), rate)
     order = np.argsort(
         (sequence[starts].astype(np.uint64) << np.uint64(40)) | (draws[starts] >> RANDOM_BITS), kind="stable"
     )
-    starts, ends = starts[order], ends[order]
     first_word = np.searchsorted(sequence[starts], np.arange(len(cu))).tolist()
     chosen = np.zeros(len(draws), dtype=bool)
-    sizes, left = (ends - starts).tolist(), count.tolist()
+    begin, end, length, left = starts.tolist(), ends.tolist(), lengths.tolist(), count.tolist()
+    order = order.tolist()
     for b, room in enumerate(left):
         words = range(first_word[b], first_word[b + 1])
         if not words:
             continue
-        shortest = min(sizes[words.start : words.stop])
+        shortest = min(end[word] - begin[word] for word in words)
         room = max(room, shortest)
-        for word in words:
-            if sizes[word] <= room:
-                chosen[starts[word] : ends[word]] = True
-                room -= sizes[word]
-                if room < shortest:
+        for word in order[words.start : words.stop]:
+            for following in range(word, min(word + length[word], words.stop)):
+                size = end[following] - begin[following]
+                apart = following > word and begin[following] != end[following - 1]
+                if size > room or apart or chosen[begin[following]]:
                     break
+                chosen[begin[following] : end[following]] = True
+                room -= size
+            if room < shortest:
+                break
     return chosen
 
 

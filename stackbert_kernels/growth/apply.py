@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from stackbert_kernels import ops
-from stackbert_kernels.config import Stage
+from stackbert_kernels.config import UNSHARE, Stage
 from stackbert_kernels.growth.depth import IDENTITY, RANDOM, layer_map
+from stackbert_kernels.growth.share import unshare
 from stackbert_kernels.model.bert import Bert
 
 LAST_OF_BRANCH = ("out_weight", "out_bias", "outer_weight", "outer_bias")
@@ -28,15 +29,18 @@ class Moments(Protocol):
 
 @torch.no_grad()
 def grow(model: Bert, optimizer: Moments | None, stage: Stage, *, seed: int) -> list[int]:
-    """Grows `model` from its depth to `stage.depth` by the operator `stage.grow`, in place; returns the map that was applied.
+    """Grows `model` to `stage` by the operator `stage.grow`, in place; returns the map of the bank's rows that was applied.
 
     Rows are copied, never aliased. Moments and step counts follow the map (stage.optimizer_state "copy"; a fresh row has none),
     start at zero in the rows that changed ("zero"), or in all parameters ("reset"). Fresh rows depend on (seed, layer) alone.
     The caller sets the window next: model.use, then optimizer.set_window.
     """
-    rows = layer_map(stage.grow, model.depth, stage.depth)
+    if stage.grow == UNSHARE:
+        rows = unshare(model.rows, stage.attention_rows)
+    else:
+        rows = layer_map(stage.grow, model.depth, stage.depth)
     sources = [i if source < 0 else source for i, source in enumerate(rows)]
-    new = stage.depth
+    new = len(rows)
     banks = [model.bank.weights]
     if optimizer is not None and stage.optimizer_state == "reset":
         optimizer.reset()
@@ -54,5 +58,5 @@ def grow(model: Bert, optimizer: Moments | None, stage: Stage, *, seed: int) -> 
     for moments in banks[1:]:
         for i in without:
             moments[i].zero_()
-    model.depth = new
+    model.depth, model.rows, model.ffn_rows = stage.depth, stage.attention_rows, stage.feed_forward_rows
     return rows

@@ -1,6 +1,6 @@
 """BERT on unpadded tokens (Devlin et al. 2018), post-LN as the original or pre-LN, with an active window of layers.
 
-B sequences, T packed tokens, H heads, D head dim, C = H*D hidden, L layers, R predicted tokens, V vocabulary.
+B sequences, T packed tokens, H heads, D head dim, C = H*D hidden, E width of the embeddings (C, unless factorised), L layers, R predicted tokens, V vocabulary.
 """
 
 from __future__ import annotations
@@ -54,7 +54,15 @@ class Bert(nn.Module):
     All initial weights are functions of (seed, name): a layer's do not depend on how many layers there are.
     """
 
-    def __init__(self, config: ModelConfig, *, seed: int = 0, device: torch.device | str = "cpu", impl: str = "auto"):
+    def __init__(
+        self,
+        config: ModelConfig,
+        *,
+        seed: int = 0,
+        device: torch.device | str = "cpu",
+        impl: str = "auto",
+        rows: int | None = None,
+    ):
         super().__init__()
         if config.vocab_size == 0:
             raise ValueError(
@@ -62,35 +70,39 @@ class Bert(nn.Module):
             )
         self.config, self.impl = config, impl
         self.transformers_fields: dict = {}  # of a transformers configuration, with no meaning here: kept for to_transformers
-        C, inner = config.hidden, config.inner
+        C, E, inner = config.hidden, config.embedding_width, config.inner
 
         def table(rows: int) -> nn.Parameter:
-            return nn.Parameter(torch.zeros(rows, C, device=device))
+            return nn.Parameter(torch.zeros(rows, E, device=device))
 
         self.word, self.position, self.token_type = (
             table(config.vocab_size),
             table(config.max_position),
             table(config.token_types),
         )
-        self.embedding_norm = Affine((C,), C, device)
+        self.embedding_norm = Affine((E,), E, device)
+        self.embedding_map = Affine((C, E), C, device) if config.embedding else None
         self.bank = LayerBank(
-            config.layers,
+            config.layers if rows is None else rows,
             {"qkv_weight": (3 * C, C), "out_weight": (C, C), "inner_weight": (inner, C), "outer_weight": (C, inner)},
             {"qkv_bias": (3 * C,), "out_bias": (C,), "inner_bias": (inner,), "outer_bias": (C,)}
             | {"norm1_weight": (C,), "norm1_bias": (C,), "norm2_weight": (C,), "norm2_bias": (C,)},
             device=device,
         )
         self.final_norm = Affine((C,), C, device) if config.norm == "pre" else None
-        self.mlm = MlmHead(C, config.vocab_size, config.activation, config.norm_eps, device)
+        self.mlm = MlmHead(C, E, config.vocab_size, config.activation, config.norm_eps, device)
         self.pair = None if config.objective == "mlm" else PairHead(C, device)
         if self.word.device.type != "meta":  # there a model has shapes only
             self._initialise(seed)
-        self.use(config.layers)
+        depth = config.layers
+        self.use(depth, rows=() if len(self.bank) == depth else tuple(min(i, len(self.bank) - 1) for i in range(depth)))
 
     @torch.no_grad()
     def _initialise(self, seed: int) -> None:
-        for layer in range(self.config.layers):
-            self.bank.initialise(layer, seed, self.config.init_std)
+        for row in range(len(self.bank)):
+            self.bank.initialise(row, seed, self.config.init_std)
+        if self.config.equal_init:
+            self.bank.weights[1:] = self.bank.weights[0]
         for name, parameter in self.always_on_parameters().items():
             if name.endswith("norm.weight"):
                 parameter.fill_(1)
@@ -100,8 +112,18 @@ class Bert(nn.Module):
 
     # ---- what learns
 
-    def use(self, depth: int, train_from: int = 0, embeddings: str = "train", frozen_dropout: bool = True) -> None:
+    def use(
+        self,
+        depth: int,
+        train_from: int = 0,
+        embeddings: str = "train",
+        frozen_dropout: bool = True,
+        rows: tuple[int, ...] = (),
+        ffn_rows: tuple[int, ...] = (),
+    ) -> None:
         """Sets a stage: layers [0, depth) run, [train_from, depth) and the heads learn, the embeddings by policy (config.Stage).
+
+        Layer i reads row rows[i] of the bank, its feed-forward half ffn_rows[i]; by default its own, and the same.
 
         Without frozen_dropout nothing below train_from has dropout, the embeddings' included.
         Leaving "untie", the word embedding takes the values that the decoder's private copy has learned.
@@ -124,10 +146,18 @@ class Bert(nn.Module):
             embeddings,
             frozen_dropout,
         )
-        self.bank.set_window(train_from, depth)
+        self.rows = tuple(rows) or tuple(range(depth))
+        self.ffn_rows = tuple(ffn_rows) or self.rows
+        if len(self.rows) != depth or len(self.ffn_rows) != depth or self.bank_rows > len(self.bank):
+            raise ValueError(
+                f"Bert.use: rows must name one of {len(self.bank)} rows for each of {depth} layers, got {self.rows} and {self.ffn_rows}"
+            )
+        self.bank.set_window(train_from, self.bank_rows)
 
         learn = embeddings in ("train", "full")
-        for parameter in (self.position, self.token_type, *self.embedding_norm.parameters()):
+        below = [self.position, self.token_type, *self.embedding_norm.parameters()]
+        below += [] if self.embedding_map is None else self.embedding_map.parameters()
+        for parameter in below:
             parameter.requires_grad_(learn)
         self.word.requires_grad_(learn or embeddings == "output_grad")
         if embeddings == "untie":
@@ -140,6 +170,11 @@ class Bert(nn.Module):
         for parameter in self.always_on_parameters().values():
             if not parameter.requires_grad:
                 parameter.grad = None
+
+    @property
+    def bank_rows(self) -> int:
+        """The layers in use read rows [0, bank_rows) of the bank."""
+        return max(self.rows + self.ffn_rows) + 1
 
     def always_on_parameters(self) -> dict[str, nn.Parameter]:
         """Embeddings and heads, by name; requires_grad says which of them learn in this stage."""
@@ -184,19 +219,23 @@ class Bert(nn.Module):
 
     def _embed(self, batch: Tokens, dropout: bool, rng: Tensor | None) -> Tensor:
         kind = batch.input_ids.device.type
-        return ops.embedding_layer_norm(
+        x = ops.embedding_layer_norm(
             batch.input_ids, batch.positions, batch.token_types, self.word, self.position, self.token_type,
             self.embedding_norm.weight, self.embedding_norm.bias, dropout_p=self.config.dropout if dropout else 0.0,
             rng=rng, site=EMBEDDING_SITE, eps=self.config.norm_eps,
             # the stream between layers keeps the matrix products' dtype
             dtype=torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None, impl=self.impl,
         )  # fmt: skip
+        if self.embedding_map is None:
+            return x
+        return F.linear(x, self.embedding_map.weight, self.embedding_map.bias)  # [T, E] -> [T, C]
 
     def _layer(
         self, i: int, x: Tensor, batch: Tokens, dropout: bool, rng: Tensor | None, rows: Tensor | None = None
     ) -> Tensor:
         """x [T, C] -> [T, C], or [n, C] at `rows`."""
-        w: Layer = self.bank.layers[i]
+        w: Layer = self.bank.layers[self.rows[i]]
+        f: Layer = self.bank.layers[self.ffn_rows[i]]
         p = self.config.dropout if dropout else 0.0
         eps, impl, site = self.config.norm_eps, self.impl, 4 * (i + 1)
         pre = self.config.norm == "pre"
@@ -224,11 +263,11 @@ class Bert(nn.Module):
             )
 
         x = join(out, x, w.out_bias, w.norm1_weight, w.norm1_bias, ATTENTION_OUTPUT_SITE)
-        h = ops.layer_norm(x, w.norm2_weight, w.norm2_bias, eps, impl=impl) if pre else x
+        h = ops.layer_norm(x, f.norm2_weight, f.norm2_bias, eps, impl=impl) if pre else x
         h = ops.bias_gelu(
-            F.linear(h, w.inner_weight), w.inner_bias, approximate=APPROXIMATE[self.config.activation], impl=impl
+            F.linear(h, f.inner_weight), f.inner_bias, approximate=APPROXIMATE[self.config.activation], impl=impl
         )
-        return join(F.linear(h, w.outer_weight), x, w.outer_bias, w.norm2_weight, w.norm2_bias, INNER_OUTPUT_SITE)
+        return join(F.linear(h, f.outer_weight), x, f.outer_bias, f.norm2_weight, f.norm2_bias, INNER_OUTPUT_SITE)
 
     def _check(self, batch: Tokens) -> None:
         tokens = batch.input_ids.shape
@@ -263,7 +302,7 @@ class Bert(nn.Module):
 
     @property
     def decoder(self) -> Tensor:
-        """[V, C]: the word embedding, or the private copy of a stage that unties it."""
+        """[V, E]: the word embedding, or the private copy of a stage that unties it."""
         return self.word if self.mlm.decoder is None else self.mlm.decoder
 
     def forward(

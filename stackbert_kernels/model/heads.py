@@ -1,6 +1,6 @@
 """What reads the encoder's output: the masked-LM head and the sentence-pair head.
 
-R rows, C hidden, V vocabulary.
+R rows, C hidden, E width of the embeddings, V vocabulary.
 """
 
 from __future__ import annotations
@@ -24,21 +24,23 @@ class Affine(nn.Module):
 
 
 class MlmHead(nn.Module):
-    """dense + gelu + layer norm, then the decoder: the tied word embedding [V, C], which the caller passes, and a bias.
+    """dense [C -> E] + gelu + layer norm, then the decoder: the tied word embedding [V, E], which the caller passes, and a bias.
 
     `decoder` is the private copy of the word embedding in stages that untie it, else None.
     """
 
-    def __init__(self, hidden: int, vocab_size: int, activation: str, eps: float, device: torch.device | str):
+    def __init__(
+        self, hidden: int, width: int, vocab_size: int, activation: str, eps: float, device: torch.device | str
+    ):
         super().__init__()
         self.approximate, self.eps = APPROXIMATE[activation], eps
-        self.transform = Affine((hidden, hidden), hidden, device)
-        self.norm = Affine((hidden,), hidden, device)
+        self.transform = Affine((width, hidden), width, device)
+        self.norm = Affine((width,), width, device)
         self.bias = nn.Parameter(torch.zeros(vocab_size, device=device))
         self.register_parameter("decoder", None)
 
     def features(self, hidden: Tensor, impl: str) -> Tensor:
-        """[R, C] -> [R, C]: what the decoder multiplies."""
+        """[R, C] -> [R, E]: what the decoder multiplies."""
         x = F.linear(hidden, self.transform.weight)
         x = ops.bias_gelu(x, self.transform.bias, approximate=self.approximate, impl=impl)
         return ops.layer_norm(x, self.norm.weight, self.norm.bias, self.eps, impl=impl)

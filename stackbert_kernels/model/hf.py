@@ -9,7 +9,9 @@ from __future__ import annotations
 import torch
 
 from stackbert_kernels.config import ModelConfig
+from stackbert_kernels.model import twins
 from stackbert_kernels.model.bert import Bert
+from stackbert_kernels.model.twins import Place
 
 SETTINGS = {  # ModelConfig -> BertConfig
     "layers": "num_hidden_layers",
@@ -114,18 +116,23 @@ def from_transformers(hf_model) -> Bert:
     return model.train(hf_model.training)
 
 
-def to_transformers(model: Bert):
-    """BertForMaskedLM (objective mlm) or BertForPreTraining (mlm+nsp, mlm+sop) with the layers in use: num_hidden_layers is depth.
+def to_transformers(model: Bert, *, pad_token_id: int = 0):
+    """The layers in use (num_hidden_layers is depth) as the model of transformers that computes the same:
 
-    A new float32 model on model's device, in its mode. In a stage that unties the decoder, so is the result's
-    (tie_word_embeddings=False). norm="pre" has no twin in transformers and is a ValueError.
+        post-LN                        BertForMaskedLM (objective mlm) or BertForPreTraining (mlm+nsp, mlm+sop)
+        post-LN, factorised embedding  AlbertForMaskedLM or AlbertForPreTraining; layers in equal groups share there as they do here
+        pre-LN                         RobertaPreLayerNormForMaskedLM, whose positions begin after pad_token_id
+
+    Layers that share rows otherwise come out expanded, each with its own copy. A new float32 model on model's device, in its mode. In a
+    stage that unties the decoder, so is the result's (tie_word_embeddings=False). ValueError for what has no twin (twins.why_no_twin).
     """
     transformers = _transformers()
     config = model.config
-    if config.norm != "post":
-        raise ValueError(f"to_transformers: transformers' BERT is post-LN; wanted norm='post', got {config.norm!r}")
-    settings = {theirs: getattr(config, ours) for ours, theirs in SETTINGS.items()} | {"num_hidden_layers": model.depth}
-    fields = model.transformers_fields | settings
+    reason = twins.why_no_twin(config)
+    if reason is not None:
+        raise ValueError(f"to_transformers: {reason}")
+    fields = {theirs: getattr(config, ours) for ours, theirs in SETTINGS.items()}
+    fields = model.transformers_fields | fields | {"num_hidden_layers": model.depth}
     if (
         ACTIVATIONS.get(fields.get("hidden_act")) != config.activation
     ):  # gelu_new and gelu_pytorch_tanh are one function: keep the name
@@ -133,18 +140,45 @@ def to_transformers(model: Bert):
     untied = model.mlm.decoder is not None
     fields["tie_word_embeddings"] = not untied
     pair = model.pair is not None
-    cls = transformers.BertForPreTraining if pair else transformers.BertForMaskedLM
-    hf_model = cls(transformers.BertConfig(**fields))
+    if config.embedding:
+        places, groups = twins.albert(model)
+        fields |= {"embedding_size": config.embedding, "num_hidden_groups": groups, "inner_group_num": 1}
+        cls = transformers.AlbertForPreTraining if pair else transformers.AlbertForMaskedLM
+        hf_model = cls(transformers.AlbertConfig(**fields, classifier_dropout_prob=config.dropout))
+    elif config.norm == "pre":
+        fields |= {"max_position_embeddings": config.max_position + pad_token_id + 1, "pad_token_id": pad_token_id}
+        cls = transformers.RobertaPreLayerNormForMaskedLM
+        hf_model = cls(transformers.RobertaPreLayerNormConfig(**fields))
+        places = twins.pre_norm(model)
+    else:
+        cls = transformers.BertForPreTraining if pair else transformers.BertForMaskedLM
+        hf_model = cls(transformers.BertConfig(**fields))
+        places = _bert_places(model)
 
     parameters = {name: parameter.detach().float() for name, parameter in model.named_parameters()}
     state = {}
-    for ours, theirs in (_encoder_names(model.depth, "bert.", pair) | MLM | (PAIR if pair else {})).items():
-        theirs = [theirs] if isinstance(theirs, str) else theirs
-        state.update(zip(theirs, parameters[ours].chunk(len(theirs)), strict=True))
-    for ours, theirs in DECODER.items():
-        state[theirs] = parameters["mlm.decoder" if untied and ours == "word" else ours]
+    for theirs, place in places.items():
+        private = untied and theirs.endswith("decoder.weight")
+        state[theirs] = parameters["mlm.decoder" if private else place.name].chunk(place.parts)[place.part]
+        if place.name == "position" and config.norm == "pre":
+            state[theirs] = torch.nn.functional.pad(state[theirs], (0, 0, pad_token_id + 1, 0))
     hf_model.load_state_dict(state)
     return hf_model.to(model.word.device).train(model.training)
+
+
+def _bert_places(model: Bert) -> dict[str, Place]:
+    pair = model.pair is not None
+    names = {ours: f"bert.{theirs}" for ours, theirs in (EMBEDDINGS | (POOLER if pair else {})).items()}
+    places = {theirs: Place(ours) for ours, theirs in (names | MLM | (PAIR if pair else {})).items()}
+    places |= {theirs: Place(ours) for ours, theirs in DECODER.items()}
+    for layer in range(model.depth):
+        for slot, theirs in LAYER.items():
+            theirs = [theirs] if isinstance(theirs, str) else theirs
+            for part, name in enumerate(theirs):
+                places[f"bert.encoder.layer.{layer}.{name}"] = Place(
+                    twins.row_of(model, layer, slot), part, len(theirs)
+                )
+    return places
 
 
 def _encoder_names(depth: int, prefix: str, pooler: bool) -> dict[str, str | list[str]]:

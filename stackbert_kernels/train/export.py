@@ -8,6 +8,7 @@ import shutil
 from stackbert_kernels.data.prepare import tokenizer
 from stackbert_kernels.data.tokenizer import SPECIAL
 from stackbert_kernels.model.bert import Bert
+from stackbert_kernels.model.twins import why_no_twin
 from stackbert_kernels.train.console import Console
 from stackbert_kernels.train.run_directory import Run
 
@@ -24,8 +25,9 @@ def exportable(run: Run, console: Console) -> bool:
     if importlib.util.find_spec("transformers") is None:
         console.line(f"no {run.model}: pip install transformers, then give the same command again; {weights}")
         return False
-    if run.config.model.norm != "post":
-        console.line(f"no {run.model}: transformers' BERT has no norm={run.config.model.norm!r}; {weights}")
+    reason = why_no_twin(run.config.model)
+    if reason is not None:
+        console.line(f"no {run.model}: {reason}; {weights}")
         return False
     return True
 
@@ -39,11 +41,11 @@ def export(run: Run, model: Bert) -> None:
     temporary = run.directory / ".model.partial"
     shutil.rmtree(temporary, ignore_errors=True)
     transformers.logging.disable_progress_bar()
-    to_transformers(model).eval().to("cpu").save_pretrained(temporary)
     names = {f"{name.strip('[]').lower()}_token": name for name in SPECIAL}
     pieces = transformers.PreTrainedTokenizerFast(
         tokenizer_object=tokenizer(run.data), model_max_length=run.config.model.max_position, **names
     )
+    to_transformers(model, pad_token_id=pieces.pad_token_id).eval().to("cpu").save_pretrained(temporary)
     pieces.save_pretrained(temporary)
     run.model.mkdir(exist_ok=True)
     for path in sorted(temporary.iterdir(), key=lambda path: path.name == LAST):

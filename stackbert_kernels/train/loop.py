@@ -23,7 +23,7 @@ from stackbert_kernels.config import ConfigError, TrainConfig, differences, from
 from stackbert_kernels.data.batches import Batch, Batches, heldout
 from stackbert_kernels.growth.apply import grow
 from stackbert_kernels.model.bert import Bert
-from stackbert_kernels.plan import Span, flops_per_token, plan, relative_step_cost
+from stackbert_kernels.plan import Span, bank_rows, flops_per_token, plan, relative_step_cost
 from stackbert_kernels.train import checkpoint
 from stackbert_kernels.train.console import Console
 from stackbert_kernels.train.export import export, exportable, exported
@@ -77,7 +77,7 @@ def _execute(run: Run, progress: bool) -> dict:
     kernels = _kernels(config, device)
     checkpoint.clean(run.checkpoints)
 
-    model = Bert(config.model, seed=config.seed, device=device, impl=config.impl)
+    model = Bert(config.model, seed=config.seed, device=device, impl=config.impl, rows=bank_rows(config))
     optimizer = Optimizer(model, config.optim)
     with Console(config.steps, shown=progress) as console:
         state = _restore(run, model, optimizer, console)
@@ -234,7 +234,7 @@ def _index(spans: list[Span], step: int) -> int:
 
 def _use(model: Bert, optimizer: Optimizer, span: Span) -> None:
     stage = span.stage
-    model.use(stage.depth, stage.train_from, stage.embeddings, stage.frozen_dropout)
+    model.use(stage.depth, stage.train_from, stage.embeddings, stage.frozen_dropout, stage.rows, stage.ffn_rows)
     optimizer.set_window(stage)
 
 
@@ -348,7 +348,7 @@ def _already_finished(run: Run, progress: bool) -> dict:
     """Makes up for what could not be written then: transformers may have been installed since."""
     with Console(run.config.steps, shown=progress) as console:
         if not exported(run) and exportable(run, console):
-            model = Bert(run.config.model, device=torch.device("cpu"))
+            model = Bert(run.config.model, device=torch.device("cpu"), rows=bank_rows(run.config))
             _restore(run, model, Optimizer(model, run.config.optim), console)
             export(run, model)
     if not (run.directory / REPORT).exists():
@@ -394,7 +394,7 @@ def _kernels(config: TrainConfig, device: torch.device) -> dict[str, str]:
     """The concrete implementation of every op, by what the model will hand to it."""
     dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
     stream = torch.empty(1, config.model.hidden, dtype=dtype, device=device)
-    parameter = torch.empty(1, config.model.hidden, device=device)
+    parameter = torch.empty(1, config.model.embedding_width, device=device)
     samples = {
         "attention": torch.empty(1, config.model.heads, config.model.head_dim, dtype=dtype, device=device),
         **dict.fromkeys(("embedding_layer_norm", "adamw_", "lamb_", "lans_", "global_norm"), parameter),

@@ -46,6 +46,7 @@ class Optimizer:
         self.skipped = torch.zeros(2, device=bank.weights.device)  # steps skipped: in all, in a row until now
         self.norm: Tensor | None = None
         self._max_norm = 0.0
+        self._readers: Tensor | None = None  # [bank_rows, 1] layers that read each row, where it learns from their mean
         ends = [
             *(slot.offset for slot in bank.layout[1:]),
             bank.weights.shape[1],
@@ -58,11 +59,15 @@ class Optimizer:
 
         The first call of a stage that is entered, and before load_state_dict when a run resumes inside it.
         """
-        if self.model.bank.window != (stage.train_from, stage.depth):
-            raise ValueError(f"Optimizer.set_window: model.use must set the window [{stage.train_from}, {stage.depth}) first, "
+        if self.model.bank.window != (stage.train_from, stage.bank_rows):
+            raise ValueError(f"Optimizer.set_window: model.use must set the window [{stage.train_from}, {stage.bank_rows}) first, "
                              f"got {list(self.model.bank.window)}")  # fmt: skip
         if stage.optimizer_state == "reset":
             self.reset()
+        readers = [float(stage.attention_rows.count(row)) for row in range(stage.bank_rows)]
+        self._readers = (
+            torch.tensor(readers, device=self.steps.device)[:, None] if stage.shared_gradient == "mean" else None
+        )
         self._follow_model()
 
     def reset(self) -> None:
@@ -103,8 +108,11 @@ class Optimizer:
         """Global norm of the gradients, a scalar on their device; the next `step` scales them to at most max_norm (0: as they are).
 
         The scaling is a factor inside the kernel, so it costs no pass over the gradients, which keep their values. LANS, which divides each
-        gradient by its own norm, scales nothing.
+        gradient by its own norm, scales nothing. Where shared rows learn from the mean over their layers (Stage.shared_gradient), they get
+        it here.
         """
+        if self._readers is not None and self.norm is None:
+            self._rows[1].div_(self._readers)
         self.norm, self._max_norm = ops.global_norm(self.gradients(), impl=self.model.impl), max_norm
         return self.norm
 
@@ -145,13 +153,13 @@ class Optimizer:
     def state_dict(self) -> dict[str, Tensor]:
         """{"<parameter>.exp_avg", "<parameter>.exp_avg_sq", "<always-on parameter or bank.layers.N>.step", "skipped"}: views, no copies.
 
-        Layers at and above the model's depth have no state.
+        Rows that no layer reads have no state.
         """
         return self._named_state(self.always_on)
 
     def _named_state(self, always_on: dict[str, Moments]) -> dict[str, Tensor]:
         state = {"skipped": self.skipped}
-        for i in range(self.model.depth):
+        for i in range(self.model.bank_rows):
             state |= self._layer_state(i)
         for name, moments in always_on.items():
             state |= {
@@ -190,7 +198,7 @@ class Optimizer:
                     f"Optimizer.load_state_dict: {name} must be {list(tensor.shape)}, got {list(state[name].shape)}"
                 )
         for bank in (self.exp_avg, self.exp_avg_sq, self.steps):
-            bank[self.model.depth :].zero_()
+            bank[self.model.bank_rows :].zero_()
         for name, tensor in own.items():
             tensor.copy_(state[name])
         self.always_on = always_on

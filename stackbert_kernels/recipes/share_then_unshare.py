@@ -1,0 +1,71 @@
+"""Sharing weights, then unsharing: all layers begin equal and are one layer for the first part of the run."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from stackbert_kernels.config import OPTIMIZER_STATES, SHARED_GRADIENTS, UNSHARE, ConfigError, Stage, TrainConfig
+
+
+@dataclass(frozen=True)
+class ShareThenUnshareOptions:
+    """The defaults are the paper's fixed variant (SWE-F), but for what says otherwise."""
+
+    shared: float = 0.1
+    """Share of all steps before the layers get weights of their own (as published: 50k of 500k); 0 = equal initial weights only."""
+    unit: int = 1
+    """Layers of the unit that is repeated: layer i reads row i modulo unit."""
+    gradient: str = "mean"
+    """What a shared row learns from: the mean over the layers that read it (as published), or the sum."""
+    optimizer_state: str = "copy"
+    """Adam moments where sharing ends: copy (each layer goes on with those of the row it read), zero (new rows start without), reset
+    (all). Not said by the paper."""
+    rewarm: int = 0
+    """Steps over which the rate rises again once sharing ends."""
+
+    def __post_init__(self):
+        if not 0 <= self.shared < 1:
+            raise ConfigError(f"share_then_unshare: shared must be in [0, 1), got {self.shared}")
+        for name in ("unit", "rewarm"):
+            least = 1 if name == "unit" else 0
+            if getattr(self, name) < least:
+                raise ConfigError(f"share_then_unshare: {name} must be >= {least}, got {getattr(self, name)}")
+        for name, choices in (("gradient", SHARED_GRADIENTS), ("optimizer_state", OPTIMIZER_STATES)):
+            if getattr(self, name) not in choices:
+                raise ConfigError(
+                    f"share_then_unshare: {name} must be one of {', '.join(choices)}, got {getattr(self, name)!r}"
+                )
+
+
+def share_then_unshare(base: TrainConfig, options: ShareThenUnshareOptions = ShareThenUnshareOptions()) -> TrainConfig:
+    """Yang et al. 2021, "Speeding up Deep Model Training by Sharing Weights and Then Unsharing" (arXiv 2110.03848), known here by the
+    text of its earlier submission: layers share one set of weights (or of `unit` layers), then each goes on with a copy.
+
+    A step costs what it costs without sharing: the paper's saving is that fewer steps do. Its variants that watch the gradients to find
+    the time to unshare (SWE-A, SWE-M) are not here. Theirs is a pre-norm BERT-large at 3e-4.
+    """
+    layers, unit = base.model.layers, options.unit
+    fitting = [n for n in range(1, layers) if layers % n == 0]
+    if unit not in fitting:
+        raise ConfigError(
+            f"share_then_unshare: unit must divide layers and be fewer, got layers {layers}, unit {unit}; "
+            f"units that fit: {', '.join(map(str, fitting)) or 'none'}"
+        )
+    together = round(options.shared * base.steps)
+    if options.shared > 0 and not 0 < together < base.steps:
+        raise ConfigError(
+            f"share_then_unshare: steps must leave both stages (shared {options.shared:g}) at least 1, got steps {base.steps}"
+        )
+    if options.shared == 0:
+        if unit > 1:
+            raise ConfigError(f"share_then_unshare: shared 0 begins with equal layers, which needs unit 1, got {unit}")
+        whole = Stage(steps=base.steps, depth=layers, name="own weights")
+        return replace(base, model=replace(base.model, equal_init=True), stages=(whole,), recipe="share_then_unshare")
+    alone = base.steps - together
+    stages = (
+        Stage(steps=together, depth=layers, rows=tuple(i % unit for i in range(layers)), shared_gradient=options.gradient,
+              name="shared weights"),
+        Stage(steps=alone, depth=layers, grow=UNSHARE, optimizer_state=options.optimizer_state,
+              rewarm=min(options.rewarm, alone), name="own weights"),
+    )  # fmt: skip
+    return replace(base, stages=stages, recipe="share_then_unshare")
