@@ -66,6 +66,12 @@ def test_sharded():
         assert torch.equal(patched(**given).last_hidden_state, wanted)
         with pytest.raises(ValueError, match="the model was given the class FSDPBertModel after it was patched"):
             sbk.unpatch(patched)
+        wrapped = samples.twin(plain := samples.model("BertModel").train())
+        sbk.patch(wrapped, unpad=True)
+        output = nn.parallel.DistributedDataParallel(wrapped)(**given).last_hidden_state
+        output.sum().backward()
+        at = given["attention_mask"] == 1
+        torch.testing.assert_close(output[at], plain(**given).last_hidden_state[at])
     finally:
         destroy_process_group()
 

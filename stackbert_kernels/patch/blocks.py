@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from stackbert_kernels import ops
-from stackbert_kernels.patch.plain import dropout_p, linear, new_rng, plain, plain_norm, realised
+from stackbert_kernels.patch.plain import dropout_p, linear, new_rng, plain, plain_norm, realised, taken
 from stackbert_kernels.patch.swap import Swapped
 
 TOKENS = "stackbert_tokens"  # the keyword under which the encoder's `Tokens` travel to its attention modules
@@ -63,8 +63,9 @@ class AddNorm(Swapped):
         if p is None or not plain_norm(norm):
             return super().forward(hidden_states, input_tensor)
         x, bias = linear(self.dense, hidden_states)
+        x = x.to(input_tensor.dtype)
         return ops.dropout_add_layer_norm(
-            x.to(input_tensor.dtype), input_tensor, norm.weight, norm.bias, x_bias=bias,
+            x, input_tensor, taken(norm.weight, x), taken(norm.bias, x), x_bias=None if bias is None else taken(bias, x),
             dropout_p=p, rng=new_rng(p, x), site=self._stackbert.site, eps=norm.eps,
         )  # fmt: skip
 
@@ -92,7 +93,8 @@ def dense_gelu(dense: nn.Module, activation: object, x: Tensor) -> Tensor | None
     approximate = approximation(activation)
     if approximate is None or not plain(dense, nn.Linear) or dense.bias is None:
         return None
-    return ops.bias_gelu(F.linear(x, dense.weight), dense.bias, approximate=approximate)
+    y = F.linear(x, dense.weight)
+    return ops.bias_gelu(y, taken(dense.bias, y), approximate=approximate)
 
 
 class Intermediate(Swapped):
@@ -115,7 +117,7 @@ class Transform(Swapped):
         y = dense_gelu(dense, activation, x) if "gelu" in self._stackbert.parts else None
         y = activation(dense(x)) if y is None else y
         if "add_norm" in self._stackbert.parts and plain_norm(norm):
-            return ops.layer_norm(y, norm.weight, norm.bias, norm.eps)
+            return ops.layer_norm(y, taken(norm.weight, y), taken(norm.bias, y), norm.eps)
         return norm(y)
 
 
@@ -159,7 +161,7 @@ class Embeddings(Swapped):
         return ops.embedding_layer_norm(
             input_ids.long(), position_ids.long().expand(shape), token_type_ids.long().expand(shape),
             *(_without_padding_gradient(table) for table in (word, position, token_type)),
-            norm.weight, norm.bias, dropout_p=p, rng=new_rng(p, word.weight), site=self._stackbert.site, eps=norm.eps,
+            taken(norm.weight, word.weight), taken(norm.bias, word.weight), dropout_p=p, rng=new_rng(p, word.weight), site=self._stackbert.site, eps=norm.eps,
             # between the layers autocast keeps the dtype of the matrix products, as the ops do their sums in float32
             dtype=torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None,
         )  # fmt: skip

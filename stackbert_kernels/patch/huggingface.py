@@ -11,13 +11,12 @@ import sys
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
-import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from stackbert_kernels import ops
 from stackbert_kernels.patch import blocks, encoder
 from stackbert_kernels.patch.plain import plain, plain_norm
+from stackbert_kernels.patch.runs import runs
 from stackbert_kernels.patch.swap import Parts, Replacement, Skipped, Swapped
 
 FAMILIES = {
@@ -87,18 +86,6 @@ def _known(model: nn.Module) -> Iterator[Block]:
             break
 
 
-def _runs(op: str, shape: tuple[int, ...], like: Tensor) -> tuple[str | None, str]:
-    """("op (native)", "") or (None, why not): what would only run its reference is better left as it is. float32 parameters may meet
-    bfloat16 activations, under autocast."""
-    whys = []
-    for dtype in dict.fromkeys((like.dtype, torch.bfloat16 if like.dtype == torch.float32 else like.dtype)):
-        explained = ops.explain(op, like.new_empty(shape, dtype=dtype))
-        if explained.chosen != "reference":
-            return f"{op} ({explained.chosen})", ""
-        whys += explained.why_not.values()
-    return None, f"only its reference would run: {'; '.join(dict.fromkeys(whys))}"
-
-
 def _replaced(
     block: Block,
     part: str,
@@ -109,10 +96,10 @@ def _replaced(
     note: str = "",
     options=None,
 ) -> Entries:
-    runs, why = _runs(op, shape, like)
-    if runs is None:
+    what, why = runs(op, shape, like=like)
+    if what is None:
         return block.skipped(part, why)
-    return [Replacement(block.name, block.module, kind, {part: runs}, note, options)]
+    return [Replacement(block.name, block.module, kind, {part: what}, note, options)]
 
 
 def _weight(module: nn.Module) -> Tensor:
@@ -181,13 +168,13 @@ def _transform(kind: type[Swapped], dense: str, activation: str, norm: str) -> C
         found: dict[str, tuple[str | None, str]] = {}
         if parts.gelu:
             fits = blocks.approximation(act) is not None
-            found["gelu"] = _runs("bias_gelu", (1, len(weight)), weight) if fits else (None, f"its activation is {_called(act)}")  # fmt: skip
+            found["gelu"] = runs("bias_gelu", (1, len(weight)), like=weight) if fits else (None, f"its activation is {_called(act)}")  # fmt: skip
         if parts.add_norm:
-            found["add_norm"] = _runs("layer_norm", (1, len(norm_weight)), norm_weight)
-        runs = {part: what for part, (what, _) in found.items() if what}
+            found["add_norm"] = runs("layer_norm", (1, len(norm_weight)), like=norm_weight)
+        made = {part: what for part, (what, _) in found.items() if what}
         entries: Entries = [Skipped(block.name, part, why) for part, (what, why) in found.items() if not what]
-        if runs:
-            entries.append(Replacement(block.name, block.module, kind, runs, options=(dense, activation, norm)))
+        if made:
+            entries.append(Replacement(block.name, block.module, kind, made, options=(dense, activation, norm)))
         return entries
 
     return planned
@@ -257,5 +244,5 @@ def _encoder(block: Block, known: list[Block], parts: Parts, entries: Entries) -
     options = encoder.Options(_arguments(block.module), unpad, block.family in COUNT_TOKENS, reads_first)
     notes = ["as for attention", *(["inputs_embeds are given"] if unpad else [])]
     notes += ["a head reads the first column, and there is padding in it"] if unpad and reads_first else []
-    runs = {"unpad": "tokens packed once"} if unpad else {"attention": "one look at the mask for all layers"}
-    return [*made, Replacement(block.name, block.module, encoder.Encoder, runs, "; ".join(notes), options)]
+    what = {"unpad": "tokens packed once"} if unpad else {"attention": "one look at the mask for all layers"}
+    return [*made, Replacement(block.name, block.module, encoder.Encoder, what, "; ".join(notes), options)]

@@ -16,7 +16,7 @@ from transformers.models.bert.modeling_bert import BertForPreTrainingOutput
 
 from stackbert_kernels import ops
 from stackbert_kernels.patch.blocks import Transform
-from stackbert_kernels.patch.plain import plain
+from stackbert_kernels.patch.plain import plain, taken
 from stackbert_kernels.patch.swap import Swapped
 
 IGNORE = -100
@@ -110,4 +110,4 @@ def _loss(features: Callable[[Tensor], Tensor], decoder: nn.Linear, x: Tensor, l
     y, kind = features(x), x.device.type
     if torch.is_autocast_enabled(kind):
         y = y.to(torch.get_autocast_dtype(kind))
-    return ops.masked_lm_loss(y, decoder.weight, decoder.bias, labels, ignore_index=IGNORE)
+    return ops.masked_lm_loss(y, taken(decoder.weight, y), taken(decoder.bias, y), labels, ignore_index=IGNORE)

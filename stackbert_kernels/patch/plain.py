@@ -48,6 +48,11 @@ def linear(dense: nn.Module, x: Tensor) -> tuple[Tensor, Tensor | None]:
     return dense(x), None
 
 
+def taken(parameter: Tensor, x: Tensor) -> Tensor:
+    """In a dtype that the ops take beside x: under autocast a bfloat16 model may have float16 activations."""
+    return parameter if parameter.dtype in (x.dtype, torch.float32) else parameter.to(x.dtype)
+
+
 def new_rng(p: float, x: Tensor) -> Tensor | None:
     """Of torch's generator on x's device, as torch.nn.functional.dropout does: nothing waits, and CUDA graphs can replay it."""
     return torch.randint(2**62, (2,), device=x.device) if p else None

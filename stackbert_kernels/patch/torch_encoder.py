@@ -20,7 +20,7 @@ from stackbert_kernels import ops
 from stackbert_kernels.nn.attention import MultiHeadAttention, as_padding, attend
 from stackbert_kernels.nn.norm import affine
 from stackbert_kernels.nn.rows import Rows, arrange
-from stackbert_kernels.patch.plain import dropout_p, linear, new_rng, plain, realised
+from stackbert_kernels.patch.plain import dropout_p, linear, new_rng, plain, realised, taken
 from stackbert_kernels.patch.runs import runs
 from stackbert_kernels.patch.swap import Parts, Replacement, Skipped, Swapped
 
@@ -102,7 +102,7 @@ class EncoderLayer(Swapped):
             and self.linear1.bias is not None
         ):
             x = F.linear(x, self.linear1.weight)
-            x = ops.bias_gelu(x, _taken(self.linear1.bias, x), approximate=approximate)
+            x = ops.bias_gelu(x, taken(self.linear1.bias, x), approximate=approximate)
         else:
             x = self.activation(self.linear1(x))
         p = dropout_p(self.dropout)
@@ -126,11 +126,11 @@ class EncoderLayer(Swapped):
         dtype = torch.promote_types(x.dtype, y.dtype)
         dtype = dtype if norm is None else _norm_dtype(dtype, x)
         y, x = y.to(dtype), x.to(dtype)
-        bias = None if bias is None else _taken(bias, y)
+        bias = None if bias is None else taken(bias, y)
         options = {"x_bias": bias, "dropout_p": p, "rng": rng, "site": self._site(place)}
         if norm is None:
             return ops.dropout_add(y, x, **options)
-        return ops.dropout_add_layer_norm(y, x, *(_taken(w, y) for w in affine(norm, y)), eps=norm.eps, **options)
+        return ops.dropout_add_layer_norm(y, x, *(taken(w, y) for w in affine(norm, y)), eps=norm.eps, **options)
 
 
 class Encoder(Swapped):
@@ -213,12 +213,7 @@ def _layer_norm(norm: nn.Module, x: Tensor) -> Tensor:
     if not _plain_norm(norm):
         return norm(x)
     x = x.to(_norm_dtype(x.dtype, x))
-    return ops.layer_norm(x, *(_taken(w, x) for w in affine(norm, x)), norm.eps)
-
-
-def _taken(parameter: Tensor, x: Tensor) -> Tensor:
-    """In a dtype that the ops take beside x: a bfloat16 model under autocast has others."""
-    return parameter if parameter.dtype in (x.dtype, torch.float32) else parameter.to(x.dtype)
+    return ops.layer_norm(x, *(taken(w, x) for w in affine(norm, x)), norm.eps)
 
 
 def _norm_dtype(dtype: torch.dtype, x: Tensor) -> torch.dtype:
