@@ -92,7 +92,7 @@ def test_twice_and_in_parts():
     refused(model, "the model is patched already")
     model.encoder.layer[1] = samples.model("BertModel", num_hidden_layers=3).encoder.layer[1]
     refused(
-        model, r"patched in parts: .* are not \(as encoder\.layer\.1\.attention\.self\): sbk\.unpatch\(model\) first"
+        model, r"patched in parts: .* are not \(as encoder\.layer\.1\.attention\.output\): sbk\.unpatch\(model\) first"
     )
     sbk.unpatch(model)
     assert not list(swapped(model))
@@ -202,9 +202,26 @@ def test_a_forward_of_the_instance_is_left_alone():
     attention = model.encoder.layer[2].attention.self
     attention.forward = attention.forward
     report = sbk.patch(model, unpad=True)
-    assert reasons(report, "attention") == {"its own forward was replaced (accelerate's hooks do that)"}
+    assert "its own forward was replaced (accelerate's hooks do that)" in reasons(report, "attention")
+    assert not [row for row in report.patched if row.part == "attention"]
     assert reasons(report, "unpad") == {"it needs the fused attention in every layer"}
     assert not isinstance(attention, Swapped) and not isinstance(model, Swapped)
+
+
+def test_attention_without_its_model_stays():
+    """Nobody would tell it which tokens there are."""
+
+    class Mine(transformers.BertModel):
+        def forward(self, *args, **kwargs):
+            return super().forward(*args, **kwargs)
+
+    whole = samples.model("BertModel")
+    mine = Mine(whole.config)
+    for model in (whole.encoder, mine):
+        report = sbk.patch(model)
+        (reason,) = reasons(report, "attention")
+        assert reason.startswith("no ...Model as transformers has it stands above")
+        assert {row.part for row in report.patched} >= {"add_norm", "gelu"}
 
 
 def test_one_line_for_equal_layers():

@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from stackbert_kernels.patch.blocks import TOKENS, SelfAttention, Tokens, positions
@@ -94,8 +94,11 @@ class Encoder(Swapped):
             return False
         if mask is not None and mask.shape != like.shape[:2]:
             return False
-        attentions = [layer.attention.self for layer in self.encoder.layer]
-        return all(isinstance(attention, SelfAttention) and attention.fits() for attention in attentions)
+        return all(isinstance(attention, SelfAttention) and attention.fits() for attention in attentions(self))
+
+
+def attentions(model: nn.Module) -> list[nn.Module]:
+    return [layer.attention.self for layer in model.encoder.layer]
 
 
 def _unpadded(like: Tensor, mask: Tensor | None) -> Tokens | None:

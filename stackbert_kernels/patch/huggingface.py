@@ -28,8 +28,8 @@ FAMILIES = {
 }
 HOME = "transformers.models.{0}.modeling_{0}"
 LOOKED_FOR = (
-    f"transformers' {', '.join(FAMILIES.values())} (…Model, …For…, …SelfAttention, …SelfOutput, …Output, …Intermediate, "
-    "…Embeddings)"
+    f"transformers' {', '.join(FAMILIES.values())} (...Model, ...For..., ...SelfAttention, ...SelfOutput, ...Output, ...Intermediate, "
+    "...Embeddings)"
 )
 COUNT_TOKENS = ("roberta", "xlm_roberta", "camembert")  # their positions are those of tokens, not of columns
 READ_TOKENS = ("ForMaskedLM", "ForTokenClassification", "ForPreTraining", "LMHeadModel", "ForCausalLM")
@@ -65,7 +65,16 @@ def plan(model: nn.Module, parts: Parts) -> Entries:
             entries += block.skipped(asked[0], "its own forward was replaced (accelerate's hooks do that)")
         else:
             entries += PLANS[block.role](block, parts)
-    return entries + [entry for block in known for entry in _encoder(block, known, parts, entries)]
+    encoders = [entry for block in known for entry in _encoder(block, known, parts, entries)]
+    told = {id(a) for e in encoders if isinstance(e, Replacement) for a in encoder.attentions(e.module)}
+    return [_if_told(entry, told) for entry in entries] + encoders
+
+
+def _if_told(entry: Replacement | Skipped, told: set[int]) -> Replacement | Skipped:
+    """Attention needs an encoder above that says which tokens there are."""
+    if isinstance(entry, Skipped) or entry.kind is not blocks.SelfAttention or id(entry.module) in told:
+        return entry
+    return Skipped(entry.name, *entry.runs, "no ...Model as transformers has it stands above, with all its layers fused")
 
 
 def _check_version() -> None:
@@ -224,7 +233,7 @@ PARTS_OF = {
 
 
 def _encoder(block: Block, known: list[Block], parts: Parts, entries: Entries) -> Entries:
-    """A …Model whose attention was replaced in every layer: it tells them which tokens there are, and packs them."""
+    """A ...Model whose attention was replaced in every layer: it tells them which tokens there are, and packs them."""
     if block.role != "Model" or isinstance(block.module, Swapped) or not (parts.attention or parts.unpad):
         return []
     fused = {id(e.module) for e in entries if isinstance(e, Replacement) and e.kind is blocks.SelfAttention}
