@@ -155,6 +155,18 @@ def test_seeds_become_mean_and_range(tmp_path):
     assert "5.295 ±0.300" in text(result)
 
 
+def test_only_seeds_that_all_have_count(tmp_path):
+    """The third seed's held-out text is harder; that the method has not met it yet is no merit."""
+    base = seeds(tmp_path / "base", offsets=(0.0, 0.1, 0.9))
+    method = seeds(tmp_path / "method", GROWN, (0.1, 0.2))
+    result = compare([*base, *method])
+    assert by_name(result)["baseline"]["seeds"] == [0, 1] and not by_name(result)["mslt"]["to_target"]["reached"]
+    assert result["target"]["loss"] == pytest.approx(10.05 - math.log(100)) and result["target"]["runs"] == 2
+    assert "! baseline: seed 2 left out, not every method has finished it" in text(result)
+    apart = compare([base[0], method[1]])
+    assert by_name(apart)["mslt"]["seeds"] == [1] and "! different seeds: " in text(apart)
+
+
 # Sources, teachers, earlier runs
 
 
@@ -256,7 +268,8 @@ def test_a_run_stopped_in_mid_decay_is_flagged_and_not_ranked(tmp_path):
     printed = text(result)
     assert f"! mslt, seed 1 is not ranked: stopped in mid-decay, after step 50 of 100 ({stopped})" in printed
     finished = write_run(tmp_path / "finished", replace(GROWN, seed=0))
-    result = compare([*base, stopped, finished])  # its sister counts alone
+    result = compare([*base, stopped, finished])  # its sister counts alone, and so does the baseline's of that seed
+    assert by_name(result)["baseline"]["seeds"] == [0]
     assert by_name(result)["mslt"]["seeds"] == [0] and len(result["not_ranked"]) == 1
     with pytest.raises(ConfigError, match="the baseline mslt has no finished run"):
         compare([*base, stopped], baseline="mslt")
@@ -304,6 +317,7 @@ def test_losses_that_mean_different_things_are_refused(tmp_path, changes, messag
         ({"config": replace(GROWN, precision="bf16")}, "! different precision: bf16 (mslt), fp32 (baseline)"),
         ({"config": replace(GROWN, model=replace(GROWN.model, hidden=64))}, "! different hidden: 64 (mslt), 32 (baseline)"),
         ({"config": replace(GROWN, seed=4)}, "! different seeds: 4 (mslt), 0 (baseline)"),
+        ({"config": replace(GROWN, optim=OptimConfig(lr=3e-4, warmup=20))}, "! different share of steps to warm up: 0.2 (mslt)"),
         ({}, "! a method with one run says nothing about chance: take three seeds"),
     ],
 )  # fmt: skip

@@ -1,6 +1,6 @@
 """Runs grouped by method, and what each method needs: cost until the baseline's final loss, loss at equal cost, seeds as mean and range.
 
-A method is a configuration but for its seed. Losses between evaluations are interpolated on the logarithm of what was spent. The
+A method is a configuration but for its seed; only seeds that all methods have finished count. Losses between evaluations are interpolated on the logarithm of what was spent. The
 target is the baseline's final loss, the mean of its seeds; a method reaches it where the mean curve of its seeds first is that low, or
 never. What earlier runs, teachers and source models cost is added to every measure unless they are free. Only finished runs are ranked: by seconds to
 the target, then by loss at equal seconds.
@@ -11,7 +11,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from stackbert_kernels.compare.runs import MEASURES, NOT_DECAYED, Point, Run, Spent, read_run, run_directories, settings
@@ -53,6 +53,8 @@ def compare(
             f"compare: the baseline {reference.name} has no finished run: {run.directory} {run.unfinished}"
         )
 
+    ranked = _with_the_same_seeds(ranked, notes)
+    reference = next(method for method in ranked if method.name == reference.name)
     target = _mean_curve(reference.runs, free_source)[-1]["loss"]
     budgets = {
         measure: min(_total(run, measure, free_source) for method in ranked for run in method.runs)
@@ -130,6 +132,21 @@ def _names(groups: Sequence[Sequence[Run]]) -> list[str]:
         if len(set(told)) == len(told):
             break
     return told
+
+
+def _with_the_same_seeds(methods: Sequence[Method], notes: list[str]) -> list[Method]:
+    """The methods with the runs of those seeds that all of them have: held-out samples and masks follow the seed, so one may be harder."""
+    seeds = {method.name: {run.config.seed for run in method.runs} for method in methods}
+    common = set.intersection(*seeds.values())
+    if not common:
+        _differing("seeds", {name: " ".join(map(str, sorted(own))) for name, own in seeds.items()}, notes)
+        return list(methods)
+    kept = []
+    for method in methods:
+        if extra := sorted(seeds[method.name] - common):
+            notes.append(f"{method.name}: seed {', '.join(map(str, extra))} left out, not every method has finished it")
+        kept.append(replace(method, runs=tuple(run for run in method.runs if run.config.seed in common)))
+    return kept
 
 
 def _short(value: object) -> str:
@@ -312,7 +329,6 @@ def _method_notes(methods: Sequence[Method], free_source: bool) -> list[str]:
         if setting not in UNREMARKABLE:
             _differing(setting, {name: values[setting] for name, values in flat.items()}, notes)
     _differing("share of steps to warm up", shares, notes)
-    _differing("seeds", {m.name: " ".join(str(r.config.seed) for r in m.runs) for m in methods}, notes)
     if min((len(m.runs) for m in methods), default=0) == 1:
         notes.append("a method with one run says nothing about chance: take three seeds")
     for method in methods:

@@ -48,12 +48,13 @@ def draw(result: dict) -> bytes:
     by_flops.xaxis.set_major_formatter(EngFormatter(sep=""))
     by_flops.set_ylabel("held-out loss, nats a masked token")
     by_flops.set_ylim(*_limits(result))
-    for height, words, colour in (
-        (result["target"]["loss"], f"{result['target']['method']} at its end", TARGET),
-        (result["unigram"]["loss"], "without context", PLATEAU),
+    for axis, x, height, words, colour in (
+        # Curves begin high and end low: the left end of the target is free, and the right end of the plateau.
+        (by_flops, 0.008, result["target"]["loss"], f"{result['target']['method']} at its end", TARGET),
+        (by_seconds, 0.992, result["unigram"]["loss"], "without context", PLATEAU),
     ):
-        by_seconds.annotate(words, (0.995, height), (0, 3), xycoords=("axes fraction", "data"), textcoords="offset points", ha="right",
-                            fontsize=8, color=colour)  # fmt: skip
+        axis.annotate(words, (x, height), (0, 3), xycoords=("axes fraction", "data"), textcoords="offset points",
+                      ha="left" if x < 0.5 else "right", fontsize=8, color=colour)  # fmt: skip
     by_flops.legend(frameon=False, fontsize=9, loc="upper right")
     rings = ", rings: ends of stages" if any(entry["stage_ends"] for entry in result["methods"]) else ""
     bands = ", bands: range over seeds" if any(len(entry["runs"]) > 1 for entry in result["methods"]) else ""
