@@ -38,6 +38,7 @@ from stackbert_kernels.recipes import (
     AlbertOptions,
     IncrementalOptions,
     MsltOptions,
+    ProgressiveLayerDroppingOptions,
     ShareThenUnshareOptions,
     StackingOptions,
 )
@@ -80,7 +81,7 @@ class Pretrain(TrainConfig):
     recipe: Literal[tuple(RECIPES)] = "mslt"
     """The training method: baseline (all layers from the start), mslt (multi-stage layerwise training), stacking (a shallow encoder copied
     on top of itself), incremental (new layers alone, then all), share_then_unshare (layers share weights at first), albert (they
-    share them throughout)."""
+    share them throughout), progressive_layer_dropping (steps leave out layers at random)."""
     dry_run: Flag = False
     """Print stages and predicted cost, then stop."""
     fresh: Flag = False
@@ -95,6 +96,7 @@ class Pretrain(TrainConfig):
     incremental: IncrementalOptions = field(default_factory=IncrementalOptions)
     share_then_unshare: ShareThenUnshareOptions = field(default_factory=ShareThenUnshareOptions)
     albert: AlbertOptions = field(default_factory=AlbertOptions)
+    progressive_layer_dropping: ProgressiveLayerDroppingOptions = field(default_factory=ProgressiveLayerDroppingOptions)
 
     def __post_init__(self):
         """Checked by `config`: the recipe may make the stages that these settings need."""

@@ -86,6 +86,8 @@ class ModelConfig:
     """Standard deviation of new weights."""
     equal_init: bool = False
     """Whether all layers begin with the weights of the first."""
+    scaled_init: bool = False
+    """Whether the matrices that end a residual branch begin with init_std / sqrt(2 layers)."""
     objective: str = "mlm"
     """mlm, mlm+nsp (next sentence) or mlm+sop (sentence order)."""
 
@@ -200,6 +202,24 @@ class OptimConfig:
 
 
 @dataclass(frozen=True)
+class LayerDrop:
+    """Which layers a step leaves out (Zhang and He 2020, arXiv 2010.13369): of L layers, number l = 1..L runs with probability
+    1 - (l / L) (1 - theta(t)), theta(t) = (1 - keep) exp(-gamma t) + keep, t the steps of the stage so far; what it adds is divided by that."""
+
+    keep: float = 1.0
+    """What theta falls to, the share of steps in which the last layer then still runs; 1 = nothing is left out."""
+    gamma: float = 0.0
+    """How fast theta falls."""
+    deepspeed_compat: bool = False
+    """As DeepSpeed's code has it: layers are drawn one place lower (the first never left out) than what they add is scaled for."""
+
+    def __post_init__(self):
+        _require(0 < self.keep <= 1, f"drop: keep must be in (0, 1], got {self.keep}")
+        _require(0 <= self.gamma < math.inf, f"drop: gamma must be >= 0 and finite, got {self.gamma}")
+        _require(self.keep == 1 or self.gamma > 0, f"drop: gamma must be > 0 with keep {self.keep}, got {self.gamma}")
+
+
+@dataclass(frozen=True)
 class Stage:
     """A stretch of steps with one active window: layers [0, depth) run, layers [train_from, depth) learn (contract 3.6)."""
 
@@ -229,6 +249,8 @@ class Stage:
     in proportion to the stage's steps."""
     frozen_dropout: bool = True
     """Whether the frozen layers keep dropout."""
+    drop: LayerDrop = LayerDrop()
+    """Which layers a step leaves out at random."""
     name: str = ""
 
     def __post_init__(self):
@@ -242,6 +264,10 @@ class Stage:
         _one_of("lr_policy", self.lr_policy, LR_POLICIES)
         _one_of("shared_gradient", self.shared_gradient, SHARED_GRADIENTS)
         _check_rows(self)
+        _require(
+            self.drop.keep == 1 or self.train_from == 0,
+            f"layers are left out only where all learn: train_from must be 0 with drop, got {self.train_from}",
+        )
         _check_curve(self)
         _require(
             0 <= self.rewarm <= self.steps,
@@ -330,6 +356,10 @@ class TrainConfig:
         if not self.stages:
             object.__setattr__(self, "stages", (Stage(steps=self.steps, depth=self.model.layers, name="all layers"),))
         _check_stages(self.stages, self.model.layers, self.steps)
+        _require(
+            self.model.norm == "pre" or all(stage.drop.keep == 1 for stage in self.stages),
+            f"layers can be left out of a pre-norm encoder: norm must be 'pre' with drop, got {self.model.norm!r}",
+        )
 
 
 def _check_curve(stage: Stage) -> None:
@@ -492,7 +522,7 @@ def _compare(name: str, old, new, found: list[str]) -> None:
     if is_dataclass(old):
         for f in fields(old):
             # The sections of TrainConfig add nothing to a name (field names are unique over them); stages[i] does.
-            inner = f"{name}.{f.name}" if isinstance(old, Stage) else f.name
+            inner = f"{name}.{f.name}" if isinstance(old, Stage | LayerDrop) else f.name
             _compare(inner, getattr(old, f.name), getattr(new, f.name), found)
     elif name == "stages" and len(old) == len(new):
         for i, (a, b) in enumerate(zip(old, new, strict=True)):

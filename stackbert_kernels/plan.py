@@ -5,11 +5,13 @@ C hidden, E width of the embeddings, I inner, L layers, S tokens of a sequence, 
 
 from __future__ import annotations
 
+import hashlib
 import itertools
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from stackbert_kernels.config import ConfigError, DataConfig, ModelConfig, Stage, TrainConfig
+from stackbert_kernels.config import ConfigError, DataConfig, LayerDrop, ModelConfig, Stage, TrainConfig
 
 WARMUP_SHARE = 0.02
 """Of all steps, where OptimConfig.warmup is 0."""
@@ -50,6 +52,49 @@ class Span:
             return config.optim.lr * schedule(local, stage.steps, warmup, constant)
         again = min(1.0, (local + 1) / stage.rewarm) if stage.rewarm else 1.0
         return config.optim.lr * schedule(step, config.steps, warmup, config.optim.constant) * again
+
+    def gates(self, step: int) -> tuple[float, ...] | None:
+        """What each layer's residual branches are multiplied by in `step`, 0 = the layer is left out; None where all run as they are.
+
+        A function of (seed, step) alone: every part of an accumulated step, and every process, leaves out the same layers.
+        """
+        if self.stage.drop.keep == 1:
+            return None
+        chances, scales = layer_chances(self.stage, theta(self.stage.drop, step - self.first))
+        return tuple(
+            scale if _uniform(self.config.seed, step, layer) < chance else 0.0
+            for layer, (chance, scale) in enumerate(zip(chances, scales, strict=True))
+        )
+
+
+def theta(drop: LayerDrop, t: float) -> float:
+    """How likely the last layer runs after `t` steps."""
+    return (1 - drop.keep) * math.exp(-drop.gamma * t) + drop.keep
+
+
+def layer_chances(stage: Stage, theta: float) -> tuple[list[float], list[float]]:
+    """Of each layer: how likely it runs, and by what the residual branches are multiplied when it does."""
+    L = stage.depth
+    own = [1 - (layer + 1) / L * (1 - theta) for layer in range(L)]
+    drawn = [1 - layer / L * (1 - theta) for layer in range(L)] if stage.drop.deepspeed_compat else own
+    return drawn, [1 / chance for chance in own]
+
+
+def expected_layers(stage: Stage) -> list[float]:
+    """The share of the stage's steps in which each layer runs, in the mean over all draws."""
+    drop = stage.drop
+    if drop.keep == 1:
+        return [1.0] * stage.depth
+    decayed = -math.expm1(-drop.gamma * stage.steps) / -math.expm1(
+        -drop.gamma
+    )  # the sum of exp(-gamma t) over the steps
+    return layer_chances(stage, drop.keep + (1 - drop.keep) * decayed / stage.steps)[0]
+
+
+def _uniform(seed: int, step: int, layer: int) -> float:
+    """In [0, 1)."""
+    digest = hashlib.blake2b(f"{seed} layer {layer} of step {step}".encode(), digest_size=6).digest()
+    return int.from_bytes(digest, "little") / 2**48
 
 
 def plan(config: TrainConfig) -> list[Span]:
@@ -95,7 +140,7 @@ def on_curve(points: Sequence[Sequence[float]], step: float) -> float:
 # --- cost in layer forwards (specs/common.md section 2) ---
 
 
-def step_cost(depth: int, train_from: int, *, head: float = 0.0, backward: float = BACKWARD) -> float:
+def step_cost(depth: float, train_from: int, *, head: float = 0.0, backward: float = BACKWARD) -> float:
     """Cost of a token in forwards of one layer: depth + b * (depth - train_from) + head * (1 + b)."""
     return depth + backward * (depth - train_from) + head * (1 + backward)
 
@@ -116,15 +161,16 @@ def layer_flops(config: TrainConfig) -> float:
 def relative_step_cost(config: TrainConfig, stage: Stage, *, backward: float = BACKWARD) -> float:
     """A step of `stage` over a step of the whole model, by `step_cost` with the head."""
     head = head_cost(config.model, config.data)
-    cost = step_cost(stage.depth, stage.train_from, head=head, backward=backward)
+    cost = step_cost(sum(expected_layers(stage)), stage.train_from, head=head, backward=backward)
     return cost / step_cost(config.model.layers, 0, head=head, backward=backward)
 
 
 # --- cost in floating-point operations of the matrix products ---
 
 
-def flops_per_token(config: TrainConfig, stage: Stage) -> float:
-    """Matrix-product FLOPs that a training step of `stage` spends on a token, forward and backward.
+def flops_per_token(config: TrainConfig, stage: Stage, gates: Sequence[float] | None = None) -> float:
+    """Matrix-product FLOPs that a training step of `stage` spends on a token, forward and backward; of a step with `gates` (Span.gates),
+    else in the mean over the stage's steps.
 
     A product counts 2 FLOPs a multiply-add, attention 4 S C a token forward and twice that backward, with S = seq_len (packed
     samples are nearly full). Counted as the model executes it: the last layer is evaluated only where the heads read it once its
@@ -140,14 +186,16 @@ def flops_per_token(config: TrainConfig, stage: Stage) -> float:
     qkv, attention, rest = 6.0 * C * C, 4.0 * data.seq_len * C, 2.0 * C * C + 4.0 * C * I
     embeddings_learn_below = stage.embeddings in ("train", "full")
     total = 2.0 * E * C * (3 if embeddings_learn_below else 1) if model.embedding else 0.0
-    for layer in range(stage.depth):
+    runs = expected_layers(stage) if gates is None else [float(gate > 0) for gate in gates]
+    for layer, run in enumerate(runs):
         share = min(1.0, rows) if layer == stage.depth - 1 else 1.0
-        total += qkv + attention + share * rest
+        cost = qkv + attention + share * rest
         if layer >= stage.train_from:
-            total += 2 * attention + share * 2 * rest + qkv
-            total += qkv if layer > stage.train_from or embeddings_learn_below else 0.0
+            cost += 2 * attention + share * 2 * rest + qkv
+            cost += qkv if layer > stage.train_from or embeddings_learn_below else 0.0
         elif stage.embeddings == "full":
-            total += 2 * attention + rest + qkv
+            cost += 2 * attention + rest + qkv
+        total += run * cost
 
     transform, decoder = 2.0 * C * E, 2.0 * E * vocab_size(model, data)
     decoder_learns = stage.embeddings != "freeze"

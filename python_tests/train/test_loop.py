@@ -312,10 +312,10 @@ def test_a_signal_saves_and_exits_well(shards, tmp_path, quick, children, number
 def test_a_stop_says_how_to_go_on(shards, tmp_path, quick, monkeypatch):
     step = loop._step
 
-    def interrupted(model, optimizer, parts, number, lr, config):
+    def interrupted(model, optimizer, parts, number, *others):
         if number == 4:
             os.kill(os.getpid(), signal.SIGTERM)
-        return step(model, optimizer, parts, number, lr, config)
+        return step(model, optimizer, parts, number, *others)
 
     before = signal.getsignal(signal.SIGTERM)
     monkeypatch.setattr(loop, "_step", interrupted)

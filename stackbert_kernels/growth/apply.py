@@ -49,7 +49,7 @@ def grow(model: Bert, optimizer: Moments | None, stage: Stage, *, seed: int) -> 
     ops.duplicate_banks_([bank[:new] for bank in banks], sources, impl=model.impl)
     for i, source in enumerate(rows):
         if source in (RANDOM, IDENTITY):
-            model.bank.initialise(i, seed, model.config.init_std)
+            model.initialise_row(i, seed)
         if source == IDENTITY:
             for slot in model.bank.layout:
                 if slot.name in LAST_OF_BRANCH:

@@ -5,6 +5,7 @@ B sequences, T packed tokens, H heads, D head dim, C = H*D hidden, E width of th
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -21,6 +22,8 @@ from stackbert_kernels.model.padded import Packed, pack
 # Dropout sites (contract 3.3): 0 after the embeddings, and of layer i: 4 (i + 1) + one of these.
 EMBEDDING_SITE = 0
 ATTENTION_SITE, ATTENTION_OUTPUT_SITE, INNER_OUTPUT_SITE = 0, 1, 2
+
+ENDS_OF_BRANCHES = ("out_weight", "outer_weight")
 
 
 class Tokens(Protocol):
@@ -100,7 +103,7 @@ class Bert(nn.Module):
     @torch.no_grad()
     def _initialise(self, seed: int) -> None:
         for row in range(len(self.bank)):
-            self.bank.initialise(row, seed, self.config.init_std)
+            self.initialise_row(row, seed)
         if self.config.equal_init:
             self.bank.weights[1:] = self.bank.weights[0]
         for name, parameter in self.always_on_parameters().items():
@@ -109,6 +112,15 @@ class Bert(nn.Module):
             elif parameter.dim() == 2:
                 generator = generator_for(seed, name)
                 parameter.copy_(torch.empty(parameter.shape).normal_(0, self.config.init_std, generator=generator))
+
+    @torch.no_grad()
+    def initialise_row(self, row: int, seed: int) -> None:
+        """The initial weights of a layer, a function of (seed, row) alone."""
+        self.bank.initialise(row, seed, self.config.init_std)
+        if self.config.scaled_init:
+            for slot in self.bank.layout:
+                if slot.name in ENDS_OF_BRANCHES:
+                    slot.view(self.bank.weights[row]).mul_((2 * self.config.layers) ** -0.5)
 
     # ---- what learns
 
@@ -191,17 +203,29 @@ class Bert(nn.Module):
     # ---- the encoder
 
     def encode(
-        self, batch: Tokens, *, rng: Tensor | None = None, rows: Tensor | None = None, dropout: bool | None = None
+        self,
+        batch: Tokens,
+        *,
+        rng: Tensor | None = None,
+        rows: Tensor | None = None,
+        dropout: bool | None = None,
+        gates: Sequence[float] | None = None,
     ) -> Tensor:
         """The encoder's output [T, C], or only its `rows` [n, C]: indices into T, where alone the last layer is then computed.
 
         With `rows`, the masks of the last layer's row ops have row numbers of the gathered tensor as coordinates.
-        dropout None = as self.training says.
+        dropout None = as self.training says. `gates`, one a layer: what a pre-norm layer's residual branches are multiplied by; a layer
+        whose gate is 0 is left out.
         """
         self._check(batch)
         dropout = self.training if dropout is None else dropout
         if rng is None and dropout and max(self.config.dropout, self.config.attention_dropout) > 0:
             raise ValueError("Bert: rng must be given in training with dropout (ops.new_rng(seed, step)), got None")
+        if gates is not None and (self.config.norm != "pre" or len(gates) != self.depth):
+            raise ValueError(
+                f"Bert: gates must be one for each of {self.depth} layers of a pre-norm encoder, got {len(gates)} with norm "
+                f"{self.config.norm!r}"
+            )
         learn = torch.is_grad_enabled()
         if learn:
             self.bank.reattach()
@@ -212,7 +236,11 @@ class Bert(nn.Module):
             for i in range(self.train_from):
                 x = self._layer(i, x, batch, dropout_below, rng)
         for i in range(self.train_from, self.depth):
-            x = self._layer(i, x, batch, dropout, rng, rows if i == self.depth - 1 else None)
+            only, gate = rows if i == self.depth - 1 else None, 1.0 if gates is None else gates[i]
+            if gate == 0.0:
+                x = x if only is None else x.index_select(0, only)
+            else:
+                x = self._layer(i, x, batch, dropout, rng, only, gate)
         if self.final_norm is not None:
             x = ops.layer_norm(x, self.final_norm.weight, self.final_norm.bias, self.config.norm_eps, impl=self.impl)
         return x
@@ -231,7 +259,14 @@ class Bert(nn.Module):
         return F.linear(x, self.embedding_map.weight, self.embedding_map.bias)  # [T, E] -> [T, C]
 
     def _layer(
-        self, i: int, x: Tensor, batch: Tokens, dropout: bool, rng: Tensor | None, rows: Tensor | None = None
+        self,
+        i: int,
+        x: Tensor,
+        batch: Tokens,
+        dropout: bool,
+        rng: Tensor | None,
+        rows: Tensor | None = None,
+        gate: float = 1.0,
     ) -> Tensor:
         """x [T, C] -> [T, C], or [n, C] at `rows`."""
         w: Layer = self.bank.layers[self.rows[i]]
@@ -257,6 +292,8 @@ class Bert(nn.Module):
 
         def join(y: Tensor, residual: Tensor, bias: Tensor, weight: Tensor, norm_bias: Tensor, place: int) -> Tensor:
             if pre:
+                if gate != 1.0:
+                    y, bias = y * gate, bias * gate
                 return ops.dropout_add(y, residual, x_bias=bias, dropout_p=p, rng=rng, site=site + place, impl=impl)
             return ops.dropout_add_layer_norm(
                 y, residual, weight, norm_bias, x_bias=bias, dropout_p=p, rng=rng, site=site + place, eps=eps, impl=impl
@@ -310,6 +347,7 @@ class Bert(nn.Module):
         batch: Tokens | None = None,
         *,
         rng: Tensor | None = None,
+        gates: Sequence[float] | None = None,
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         token_type_ids: Tensor | None = None,
@@ -319,14 +357,14 @@ class Bert(nn.Module):
         """Losses of a packed batch; or, as in transformers, of padded input_ids [B, S] (attention_mask: 1 = a token; labels: -100 =
         not predicted; the loss is the mean over the others), with logits [B, S, V] on request.
 
-        rng is needed in training with dropout; the padded form draws one from torch's generator if none is given.
+        gates, of a packed batch: as in `encode`. rng is needed in training with dropout; the padded form draws one from torch's generator if none is given.
         """
         if (batch is None) == (input_ids is None):
             raise ValueError(
                 "Bert: wanted either a batch or input_ids=, got " + ("neither" if batch is None else "both")
             )
         if batch is not None:
-            return self._losses(batch, rng)
+            return self._losses(batch, rng, gates)
         if rng is None and self.training:
             rng = torch.randint(0, 2**62, (2,), dtype=torch.int64).to(input_ids.device)
         packed = pack(input_ids, attention_mask, token_type_ids, labels)
@@ -336,12 +374,12 @@ class Bert(nn.Module):
             return self._losses(packed, rng) if labels is not None else Output()
         return self._logits(packed, input_ids.shape, rng, labels is not None)
 
-    def _losses(self, batch: Tokens, rng: Tensor | None) -> Output:
+    def _losses(self, batch: Tokens, rng: Tensor | None, gates: Sequence[float] | None = None) -> Output:
         predicted, rows = len(batch.masked), batch.masked
         pair = self.pair is not None and batch.pair_labels is not None
         if pair:
             rows = torch.cat([rows, batch.cu_seqlens[:-1]])  # [CLS] is the first token of its sequence
-        x = self.encode(batch, rng=rng, rows=rows)
+        x = self.encode(batch, rng=rng, rows=rows, gates=gates)
         loss = mlm = self._mlm_loss(x[:predicted], batch.labels)
         pair_loss = None
         if pair:

@@ -5,6 +5,7 @@ What a method may decide, and where each decision is carried out, so that the lo
     how deep, which layers learn      Stage.depth, .train_from, .embeddings: the active window, set by model.use
     how new layers begin              Stage.grow: a map of the bank's rows (growth/), applied to weights and moments alike
     which layers share weights        Stage.rows: the row of the bank that each layer reads; unsharing is a growth at equal depth
+    which layers a step leaves out    Stage.drop: plan.Span.gates, a function of the seed and the step
     the rate                          Stage.lr_policy, .lr_curve, .rewarm: plan.Span.lr, a function of the step alone
     the optimizer's state             Stage.optimizer_state: copied by the same map, zero, or reset
     another shape for the whole run   the recipe replaces fields of base.model, and says so in its docstring
@@ -16,6 +17,10 @@ from stackbert_kernels.recipes.albert import AlbertOptions, albert
 from stackbert_kernels.recipes.baseline import BaselineOptions, baseline
 from stackbert_kernels.recipes.incremental import IncrementalOptions, incremental
 from stackbert_kernels.recipes.mslt import MsltOptions, mslt
+from stackbert_kernels.recipes.progressive_layer_dropping import (
+    ProgressiveLayerDroppingOptions,
+    progressive_layer_dropping,
+)
 from stackbert_kernels.recipes.share_then_unshare import ShareThenUnshareOptions, share_then_unshare
 from stackbert_kernels.recipes.stacking import StackingOptions, stacking
 
@@ -26,6 +31,7 @@ RECIPES = {
     "incremental": (incremental, IncrementalOptions),
     "share_then_unshare": (share_then_unshare, ShareThenUnshareOptions),
     "albert": (albert, AlbertOptions),
+    "progressive_layer_dropping": (progressive_layer_dropping, ProgressiveLayerDroppingOptions),
 }
 """What --recipe accepts: the function, called as function(base, options), and the class of its options."""
 

@@ -87,7 +87,7 @@ def _execute(run: Run, progress: bool) -> dict:
         with closing(stream), closing(Metrics(run.metrics)) as metrics, _stop_signals() as stopped_by:
             log = _Log(metrics, state)
             for span in spans[_index(spans, state.step) :]:
-                stage, cost = span.stage, flops_per_token(config, span.stage)
+                stage = span.stage
 
                 if state.step == span.first:
                     started = time.perf_counter()
@@ -105,10 +105,12 @@ def _execute(run: Run, progress: bool) -> dict:
                 for step in range(state.step, span.last):
                     started = time.perf_counter()
                     parts = next(stream)
-                    lr = span.lr(step)
-                    loss, norm, skipped = _step(model, optimizer, [p.to(device) for p in parts], step, lr, config)
+                    lr, gates = span.lr(step), span.gates(step)
+                    loss, norm, skipped = _step(
+                        model, optimizer, [p.to(device) for p in parts], step, lr, config, gates
+                    )
                     tokens, seconds = sum(p.tokens for p in parts), time.perf_counter() - started
-                    _count(state, span, loss, tokens, cost, seconds, skipped)
+                    _count(state, span, loss, tokens, flops_per_token(config, stage, gates), seconds, skipped)
                     console.step(state.step, span, loss, lr, tokens / seconds)
 
                     if state.step % config.log_every == 0 or state.step == span.last:
@@ -142,7 +144,13 @@ def _execute(run: Run, progress: bool) -> dict:
 
 
 def _step(
-    model: Bert, optimizer: Optimizer, parts: list[Batch], step: int, lr: float, config: TrainConfig
+    model: Bert,
+    optimizer: Optimizer,
+    parts: list[Batch],
+    step: int,
+    lr: float,
+    config: TrainConfig,
+    gates: tuple[float, ...] | None,
 ) -> tuple[float, float, bool]:
     """Loss, gradient norm, and whether the step was skipped because one of them is not finite."""
     predictions, sequences = max(1, sum(len(p.masked) for p in parts)), sum(p.sequences for p in parts)
@@ -153,7 +161,7 @@ def _step(
     for i, part in enumerate(parts):
         rng = ops.new_rng(config.seed, step * config.optim.accumulate + i, device=device)
         with _precision(config, device):
-            output = model(part, rng=rng)
+            output = model(part, rng=rng, gates=gates)
         # Each part counts by what it predicts, so that the sum is the mean over the whole batch however it is cut.
         loss = output.mlm_loss * (len(part.masked) / predictions)
         if output.pair_loss is not None:
