@@ -7,6 +7,7 @@ import io
 import itertools
 import re
 import warnings
+from functools import partial
 
 import pytest
 import torch
@@ -41,7 +42,7 @@ def _quiet():
 def encoder_of(
     *, layers: int = 2, heads: int = 2, p: float = 0.0, activation="gelu", final_norm: bool = True, **options
 ) -> nn.TransformerEncoder:
-    options = {"batch_first": True, **options}
+    options = {"batch_first": True, "layer_norm_eps": 1e-3, **options}
     layer = nn.TransformerEncoderLayer(C, heads, INNER, p, activation, **options)
     encoder = nn.TransformerEncoder(layer, layers, nn.LayerNorm(C) if final_norm else None)
     for name, parameter in encoder.named_parameters():  # no norm whose weight is 1, no two layers alike
@@ -284,9 +285,10 @@ def test_submodules_wrapped_after_patching_are_called(name, norm_first):
 @pytest.mark.parametrize(
     "name", ["layers.0", "layers.1.self_attn", "layers.0.linear1", "layers.1.norm2", "layers.0.dropout1"]
 )
-def test_hooks_see_what_they_saw(name):
+@pytest.mark.parametrize("pattern", ["none", "tokens last"])
+def test_hooks_see_what_they_saw(name, pattern):
     """A hook registered after patching: same shapes, same values, and what it returns counts."""
-    model, x, padding = encoder_of(), batch_of(), PADDING["tokens last"]
+    model, x, padding = encoder_of(), batch_of(), PADDING[pattern]
     seen: list[list[Tensor]] = []
     for patched in (False, True):
         seen.append([])
@@ -379,6 +381,24 @@ def test_dropout_is_reproducible_and_unlike_in_each_call_and_layer():
     assert torch.equal(model(x), model(x))
 
 
+@pytest.mark.parametrize("norm_first", [True, False])
+def test_no_two_places_share_a_mask(norm_first, monkeypatch):
+    """A mask is a function of (seed, step, site): no two calls of a forward pass have all three the same, in any layer."""
+    seen, dropout = [], sbk.ops.dropout
+
+    def spy(op, *args, **options):
+        if args[1] if op is dropout else options.get("dropout_p"):
+            seen.append((*options["rng"].tolist(), options["site"]))
+        return op(*args, **options)
+
+    for name in ("attention_qkv_varlen", "dropout_add_layer_norm", "dropout_add", "dropout"):
+        monkeypatch.setattr(sbk.ops, name, partial(spy, getattr(sbk.ops, name)))
+    model = encoder_of(p=0.3, norm_first=norm_first)
+    sbk.patch(model)
+    model(batch_of())
+    assert len(seen) == 8 and len(set(seen)) == 8 and len({site for *_, site in seen}) == 8
+
+
 @pytest.mark.parametrize("place", ["self_attn", "dropout1", "dropout", "dropout2"])
 def test_every_dropout_drops(place):
     """Each alone, switched on in evaluation as for Monte Carlo dropout."""
@@ -424,6 +444,18 @@ def test_lower_precision(how, norm_first):
     assert_as_accurate_as_torch(how, got.detach(), exact, baseline)
     got.float().square().sum().backward()
     assert all(torch.isfinite(p.grad).all() for p in model.parameters())
+
+
+@pytest.mark.parametrize("norm_first", [True, False])
+def test_a_bfloat16_model_under_autocast_with_float32_input(norm_first):
+    """PyTorch takes it on a GPU alone, where its layer norm then is float32. The parameters' rounding is in both; bfloat16 has 8 bits."""
+    model, x = encoder_of(norm_first=norm_first).bfloat16(), batch_of()
+    exact = copy.deepcopy(model).double()(x.double()).detach()
+    sbk.patch(model)
+    with torch.autocast("cpu", torch.bfloat16):
+        got = model(x)
+    assert got.dtype == torch.float32
+    torch.testing.assert_close(got.double(), exact, rtol=0, atol=2**-5 * float(exact.abs().max()))
 
 
 @pytest.mark.parametrize(("unpad", "batch_first"), [(True, False), (False, True)])

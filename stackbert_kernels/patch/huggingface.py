@@ -74,7 +74,9 @@ def _if_told(entry: Replacement | Skipped, told: set[int]) -> Replacement | Skip
     """Attention needs an encoder above that says which tokens there are."""
     if isinstance(entry, Skipped) or entry.kind is not blocks.SelfAttention or id(entry.module) in told:
         return entry
-    return Skipped(entry.name, *entry.runs, "no ...Model as transformers has it stands above, with all its layers fused")
+    return Skipped(
+        entry.name, *entry.runs, "no ...Model as transformers has it stands above, with all its layers fused"
+    )
 
 
 def _check_version() -> None:

@@ -14,12 +14,12 @@ SMALLEST_P, LARGEST_P = 1 / 512, 511 / 512  # what the ops realise as no dropout
 
 
 def plain(module: object, cls: type[nn.Module]) -> bool:
-    return type(module) is cls and not (
-        module._forward_pre_hooks
-        or module._forward_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
-        or "forward" in module.__dict__
+    return type(module) is cls and not hooked(module) and "forward" not in module.__dict__
+
+
+def hooked(module: nn.Module) -> bool:
+    return bool(
+        module._forward_pre_hooks or module._forward_hooks or module._backward_hooks or module._backward_pre_hooks
     )
 
 

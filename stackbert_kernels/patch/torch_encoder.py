@@ -20,7 +20,7 @@ from stackbert_kernels import ops
 from stackbert_kernels.nn.attention import MultiHeadAttention, as_padding, attend
 from stackbert_kernels.nn.norm import affine
 from stackbert_kernels.nn.rows import Rows, arrange
-from stackbert_kernels.patch.plain import dropout_p, linear, new_rng, plain, realised, taken
+from stackbert_kernels.patch.plain import dropout_p, hooked, linear, new_rng, plain, realised, taken
 from stackbert_kernels.patch.runs import runs
 from stackbert_kernels.patch.swap import Parts, Replacement, Skipped, Swapped
 
@@ -60,6 +60,8 @@ class EncoderLayer(Swapped):
         """Why attention runs as before, whatever the arguments are."""
         if "attention" not in self._stackbert.parts:
             return "not asked for"
+        if any(module is not None and hooked(module) for module in self._modules.values()):
+            return "a module inside has hooks, which want to see the batch and not rows"
         return _why_not_self_attention(self.self_attn)
 
     def _layer(self, x: Tensor, keys: Rows | dict) -> Tensor:
