@@ -36,6 +36,7 @@ from stackbert_kernels.plan import cost_table, relative_step_cost
 from stackbert_kernels.recipes import (
     RECIPES,
     AlbertOptions,
+    Bert2bertOptions,
     IncrementalOptions,
     MsltOptions,
     ProgressiveLayerDroppingOptions,
@@ -81,7 +82,8 @@ class Pretrain(TrainConfig):
     recipe: Literal[tuple(RECIPES)] = "mslt"
     """The training method: baseline (all layers from the start), mslt (multi-stage layerwise training), stacking (a shallow encoder copied
     on top of itself), incremental (new layers alone, then all), share_then_unshare (layers share weights at first), albert (they
-    share them throughout), progressive_layer_dropping (steps leave out layers at random)."""
+    share them throughout), progressive_layer_dropping (steps leave out layers at random),
+    bert2bert (from a smaller model, --source)."""
     dry_run: Flag = False
     """Print stages and predicted cost, then stop."""
     fresh: Flag = False
@@ -97,6 +99,7 @@ class Pretrain(TrainConfig):
     share_then_unshare: ShareThenUnshareOptions = field(default_factory=ShareThenUnshareOptions)
     albert: AlbertOptions = field(default_factory=AlbertOptions)
     progressive_layer_dropping: ProgressiveLayerDroppingOptions = field(default_factory=ProgressiveLayerDroppingOptions)
+    bert2bert: Bert2bertOptions = field(default_factory=Bert2bertOptions)
 
     def __post_init__(self):
         """Checked by `config`: the recipe may make the stages that these settings need."""

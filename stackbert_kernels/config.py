@@ -25,6 +25,9 @@ GROWTH_OPERATORS = ("copy_top", "stack", "interleave", "random", "identity")
 UNSHARE = "unshare"
 """What Stage.grow says where layers that read one row of the bank get rows of their own (growth/share.py)."""
 SHARED_GRADIENTS = ("sum", "mean")
+FROM_SOURCE = ("fpi", "aki")
+"""The names of growth/width.py's ways to begin with a smaller model's weights."""
+WIDTH_MAPS = ("tile", "random")
 MAY_CHANGE_ON_RESUME = ("checkpoint_every", "keep", "log_every")
 """Settings that do not change any computed number."""
 
@@ -251,6 +254,11 @@ class Stage:
     """Whether the frozen layers keep dropout."""
     drop: LayerDrop = LayerDrop()
     """Which layers a step leaves out at random."""
+    width_map: str = "tile"
+    """Where grow begins from a smaller model: which neuron each new one copies, all in turn (tile) or random ones."""
+    submodel: int = 0
+    """0, or a divisor of depth: each step draws one of the depths submodel, 2 submodel, ..., depth, runs so many of the lowest layers and
+    trains the topmost `submodel` of these."""
     name: str = ""
 
     def __post_init__(self):
@@ -268,6 +276,8 @@ class Stage:
             self.drop.keep == 1 or self.train_from == 0,
             f"layers are left out only where all learn: train_from must be 0 with drop, got {self.train_from}",
         )
+        _one_of("width_map", self.width_map, WIDTH_MAPS)
+        _check_submodel(self)
         _check_curve(self)
         _require(
             0 <= self.rewarm <= self.steps,
@@ -306,6 +316,8 @@ class TrainConfig:
     stages: tuple[Stage, ...] = ()
     recipe: str = "baseline"
     """The name of the recipe that made `stages`."""
+    source: str = ""
+    """Of recipes that begin from a smaller model (bert2bert): its run directory, or a transformers directory with a BERT."""
     seed: int = 0
     """Decides initial weights, order of samples, masks and dropout."""
     precision: str = "fp32"
@@ -423,9 +435,27 @@ def _row_map(stage: Stage) -> tuple[tuple[int, ...], tuple[int, ...]]:
     return stage.attention_rows, stage.feed_forward_rows
 
 
+def _check_submodel(stage: Stage) -> None:
+    _require(
+        stage.submodel >= 0 and (stage.submodel == 0 or stage.depth % stage.submodel == 0),
+        f"submodel must be 0 or a divisor of depth, got submodel {stage.submodel}, depth {stage.depth}",
+    )
+    _require(
+        stage.submodel == 0 or (stage.train_from == 0 and stage.embeddings != "train"),
+        "with submodel, the window moves from step to step: train_from must be 0 and embeddings freeze, output_grad, untie or full, "
+        f"got train_from {stage.train_from}, embeddings {stage.embeddings!r}",
+    )
+    _require(
+        stage.submodel == 0 or (not stage.rows and stage.drop.keep == 1),
+        "submodel is of layers that have rows of their own and all run: not with rows or drop",
+    )
+
+
 def _check_stages(stages: tuple[Stage, ...], layers: int, steps: int) -> None:
     depth = stages[0].depth
-    _require(stages[0].grow is None, f"stages[0]: there is nothing to grow from, got grow={stages[0].grow!r}")
+    _require(
+        stages[0].grow in (None, *FROM_SOURCE), f"stages[0]: there is nothing to grow from, got grow={stages[0].grow!r}"
+    )
     for i, stage in enumerate(stages):
         before, where = stages[max(0, i - 1)], f"stages[{i}]: "
         _require(stage.depth >= depth, f"{where}depth {depth} -> {stage.depth} would drop layers")

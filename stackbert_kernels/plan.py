@@ -9,7 +9,8 @@ import hashlib
 import itertools
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import lru_cache
 
 from stackbert_kernels.config import ConfigError, DataConfig, LayerDrop, ModelConfig, Stage, TrainConfig
 
@@ -36,6 +37,14 @@ class Span:
     @property
     def name(self) -> str:
         return self.stage.name or f"stage {self.index + 1}"
+
+    def at(self, step: int) -> Stage:
+        """The window of `step`: the stage's own, or the prefix that this step draws (Stage.submodel). A function of seed and step."""
+        prefixes = submodels(self.stage)
+        if len(prefixes) == 1:
+            return prefixes[0]
+        digest = hashlib.blake2b(f"{self.config.seed} prefix of step {step}".encode(), digest_size=8).digest()
+        return prefixes[int.from_bytes(digest) % len(prefixes)]
 
     def lr(self, step: int) -> float:
         """The learning rate of `step`."""
@@ -106,6 +115,18 @@ def plan(config: TrainConfig) -> list[Span]:
     return spans
 
 
+@lru_cache(maxsize=64)
+def submodels(stage: Stage) -> tuple[Stage, ...]:
+    """The windows that steps of `stage` can have, each as often as the others."""
+    n = stage.submodel
+    if n == 0:
+        return (stage,)
+    kept = replace(
+        stage, submodel=0, grow=None, optimizer_state="copy"
+    )  # what holds when a stage is entered holds once
+    return tuple(replace(kept, depth=depth, train_from=depth - n) for depth in range(n, stage.depth + 1, n))
+
+
 def span_at(spans: Sequence[Span], step: int) -> Span:
     """The span that executes `step`."""
     for span in spans:
@@ -159,10 +180,10 @@ def layer_flops(config: TrainConfig) -> float:
 
 
 def relative_step_cost(config: TrainConfig, stage: Stage, *, backward: float = BACKWARD) -> float:
-    """A step of `stage` over a step of the whole model, by `step_cost` with the head."""
+    """A step of `stage` over a step of the whole model, by `step_cost` with the head; the mean over its submodels."""
     head = head_cost(config.model, config.data)
-    cost = step_cost(sum(expected_layers(stage)), stage.train_from, head=head, backward=backward)
-    return cost / step_cost(config.model.layers, 0, head=head, backward=backward)
+    costs = [step_cost(sum(expected_layers(s)), s.train_from, head=head, backward=backward) for s in submodels(stage)]
+    return sum(costs) / len(costs) / step_cost(config.model.layers, 0, head=head, backward=backward)
 
 
 # --- cost in floating-point operations of the matrix products ---
@@ -176,8 +197,12 @@ def flops_per_token(config: TrainConfig, stage: Stage, gates: Sequence[float] | 
     samples are nearly full). Counted as the model executes it: the last layer is evaluated only where the heads read it once its
     attention is done; layers below the window have no backward (with embeddings = full: the gradient of their input alone); the
     first layer of a detached window needs no gradient of its input; a frozen word embedding needs none as decoder.
-    Attention's recomputation of its probabilities in the backward, element-wise work and embedding look-ups are not counted.
+    Attention's recomputation of its probabilities in the backward, element-wise work and embedding look-ups are not counted. Of a stage
+    with submodels, the mean over these.
     """
+    if stage.submodel:
+        windows = submodels(stage)
+        return sum(flops_per_token(config, window) for window in windows) / len(windows)
     model, data = config.model, config.data
     C, E, I = model.hidden, model.embedding_width, model.inner  # noqa: E741
     rows = data.mask_rate + (
@@ -221,7 +246,7 @@ def trainable_parameters(config: TrainConfig, stage: Stage) -> int:
     """How many parameters a step of `stage` updates; 4 bytes of each are what data-parallel training would reduce."""
     model = config.model
     C, V = model.hidden, vocab_size(model, config.data)
-    learning = slice(stage.train_from, stage.depth)
+    learning = slice(stage.depth - stage.submodel if stage.submodel else stage.train_from, stage.depth)
     count = len(set(stage.attention_rows[learning])) * attention_parameters(model)
     count += len(set(stage.feed_forward_rows[learning])) * feed_forward_parameters(model)
     if stage.embeddings in ("train", "full"):
@@ -308,8 +333,8 @@ def cost_table(config: TrainConfig, seconds_per_step: Sequence[float] | None = N
                 str(span.index),
                 span.name,
                 str(stage.steps),
-                str(stage.depth),
-                str(stage.train_from),
+                f"{stage.submodel}-{stage.depth}" if stage.submodel else str(stage.depth),
+                f"top {stage.submodel}" if stage.submodel else str(stage.train_from),
                 f"{trainable_parameters(config, stage):,}",
                 f"{cost:.3f}",
                 f"{f / full_flops:.3f}",

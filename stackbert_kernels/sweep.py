@@ -25,7 +25,7 @@ from stackbert_kernels.compare.output import write
 from stackbert_kernels.config import ConfigError, TrainConfig, differences, from_dict, to_dict
 from stackbert_kernels.data.prepare import is_prepared, load_manifest, prepare
 from stackbert_kernels.plan import relative_step_cost
-from stackbert_kernels.recipes import RECIPES
+from stackbert_kernels.recipes import NEED_SOURCE, RECIPES
 from stackbert_kernels.train.budget import PROBE_STEPS, TIMED_STEPS, enough, steps_that_fit, timing_of
 from stackbert_kernels.train.run_directory import DATA, METRICS, check, read_metrics, write_json
 from stackbert_kernels.train.run_facts import duration
@@ -65,6 +65,7 @@ class Sweep:
                 base,
                 steps=steps,
                 stages=(),
+                source=base.source if method in NEED_SOURCE else "",
                 optim=optim,
                 keep=1,
                 eval_every=max(1, steps // EVALUATIONS),

@@ -273,10 +273,10 @@ def test_state_of_a_deeper_model_loads_and_follows_the_layers():
 # Refusals
 
 REFUSED = [
-    ({"hidden": 8, "heads": 1}, "bert2bert: the source must not be larger than the model, got hidden 16 -> 8"),
-    ({"layers": 2}, "bert2bert: the source must not be larger than the model, got layers 3 -> 2"),
-    ({"inner": 23}, "bert2bert: the source must not be larger than the model, got inner 24 -> 23"),
-    ({"hidden": 32}, "bert2bert: heads are copied whole, so source and model must have the same head dim (hidden / heads), got 8 and 16"),
+    ({"hidden": 8, "heads": 1}, "source: it must not be larger than the model, got hidden 16 -> 8"),
+    ({"layers": 2}, "source: it must not be larger than the model, got layers 3 -> 2"),
+    ({"inner": 23}, "source: it must not be larger than the model, got inner 24 -> 23"),
+    ({"hidden": 32}, "source: heads are copied whole, so it must have the model's head dim (hidden / heads), got 8 -> 16"),
 ]  # fmt: skip
 
 
@@ -301,7 +301,7 @@ def test_refuses_maps_that_do_not_cover():
     with pytest.raises(ConfigError, match=r"only an even one has an inverse, got counts \[1, 2\]"):
         two.inverse()
     model = small()
-    maps = widening(ModelConfig(**(SMALL | {"hidden": 8, "heads": 1})), shape(model))
+    maps = widening(shape(model, hidden=8, heads=1), model.config)
     with pytest.raises(ConfigError, match="shape map: hidden must be 8, got 16"):
         reshaped(model, maps)
     with pytest.raises(ConfigError, match="no rule says what becomes of bank"):

@@ -17,16 +17,14 @@ from torch import Tensor
 
 from stackbert_kernels.config import ConfigError, ModelConfig
 from stackbert_kernels.growth.axes import LAYER, AxisMap, ShapeMap, in_layers, mapped
+from stackbert_kernels.growth.source import check_widening
 from stackbert_kernels.model.bank import generator_for
-
-CHOICES = ("tile", "random")
-INITS = ("fpi", "aki")
 
 
 def wider(old: int, new: int, choice: str, seed: int, what: str) -> AxisMap:
     """3, 5, tile: [0, 1, 2, 0, 1]. random: [0, 1, 2] and then any, as (seed, what) says."""
     if new < old:
-        raise ConfigError(f"bert2bert: {what} can only grow, got {old} -> {new}")
+        raise ConfigError(f"width map: {what} can only grow, got {old} -> {new}")
     if choice == "tile":
         return AxisMap.of([i % old for i in range(new)], old)
     drawn = torch.randint(old, (new - old,), generator=generator_for(seed, f"width map of {what}"))
@@ -40,16 +38,7 @@ def stack_top(old: int, new: int) -> list[int]:
 
 def widening(source: ModelConfig, target: ModelConfig, *, choice: str = "tile", seed: int = 0) -> ShapeMap:
     """The maps from a model of `source`'s shape to one of `target`'s; ConfigError if it is not as wide and as deep, or has another head dim."""
-    for name in ("layers", "hidden", "heads", "inner"):
-        if getattr(source, name) > getattr(target, name):
-            raise ConfigError(
-                f"bert2bert: the source must not be larger than the model, got {name} {getattr(source, name)} -> {getattr(target, name)}"
-            )
-    if source.head_dim != target.head_dim:
-        raise ConfigError(
-            f"bert2bert: heads are copied whole, so source and model must have the same head dim (hidden / heads), "
-            f"got {source.head_dim} and {target.head_dim}"
-        )
+    check_widening(source, target)
     return ShapeMap(
         residual=wider(source.hidden, target.hidden, choice, seed, "hidden"),
         heads=wider(source.heads, target.heads, choice, seed, "heads"),
@@ -74,3 +63,4 @@ def advanced(tensors: Mapping[str, Tensor], maps: ShapeMap, *, gradients: bool =
 
 
 CHANGES = {"fpi": mapped, "aki": advanced}
+"""By the names of config.FROM_SOURCE."""

@@ -6,6 +6,8 @@ What a method may decide, and where each decision is carried out, so that the lo
     how new layers begin              Stage.grow: a map of the bank's rows (growth/), applied to weights and moments alike
     which layers share weights        Stage.rows: the row of the bank that each layer reads; unsharing is a growth at equal depth
     which layers a step leaves out    Stage.drop: plan.Span.gates, a function of the seed and the step
+    a smaller model's weights         Stage.grow of the first stage, with TrainConfig.source (growth/source.py)
+    a window that moves each step     Stage.submodel: plan.Span.at, a function of seed and step
     the rate                          Stage.lr_policy, .lr_curve, .rewarm: plan.Span.lr, a function of the step alone
     the optimizer's state             Stage.optimizer_state: copied by the same map, zero, or reset
     another shape for the whole run   the recipe replaces fields of base.model, and says so in its docstring
@@ -15,6 +17,7 @@ from __future__ import annotations
 
 from stackbert_kernels.recipes.albert import AlbertOptions, albert
 from stackbert_kernels.recipes.baseline import BaselineOptions, baseline
+from stackbert_kernels.recipes.bert2bert import Bert2bertOptions, bert2bert
 from stackbert_kernels.recipes.incremental import IncrementalOptions, incremental
 from stackbert_kernels.recipes.mslt import MsltOptions, mslt
 from stackbert_kernels.recipes.progressive_layer_dropping import (
@@ -32,8 +35,12 @@ RECIPES = {
     "share_then_unshare": (share_then_unshare, ShareThenUnshareOptions),
     "albert": (albert, AlbertOptions),
     "progressive_layer_dropping": (progressive_layer_dropping, ProgressiveLayerDroppingOptions),
+    "bert2bert": (bert2bert, Bert2bertOptions),
 }
 """What --recipe accepts: the function, called as function(base, options), and the class of its options."""
+NEED_SOURCE = ("bert2bert",)
+"""Those that begin from TrainConfig.source."""
 
-__all__ = ["RECIPES", "BaselineOptions", "IncrementalOptions", "MsltOptions", "StackingOptions", "baseline", "incremental", "mslt",
-           "stacking"]  # fmt: skip
+__all__ = ["NEED_SOURCE", "RECIPES", "AlbertOptions", "BaselineOptions", "Bert2bertOptions", "IncrementalOptions", "MsltOptions",
+           "ProgressiveLayerDroppingOptions", "ShareThenUnshareOptions", "StackingOptions", "albert", "baseline", "bert2bert",
+           "incremental", "mslt", "progressive_layer_dropping", "share_then_unshare", "stacking"]  # fmt: skip

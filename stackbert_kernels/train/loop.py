@@ -12,16 +12,17 @@ import statistics
 import threading
 import time
 from contextlib import closing, contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from stackbert_kernels import ops
-from stackbert_kernels.config import ConfigError, TrainConfig, differences, from_dict, to_dict
+from stackbert_kernels.config import ConfigError, Stage, TrainConfig, differences, from_dict, to_dict
 from stackbert_kernels.data.batches import Batch, Batches, heldout
 from stackbert_kernels.growth.apply import grow
+from stackbert_kernels.growth.source import begin
 from stackbert_kernels.model.bert import Bert
 from stackbert_kernels.plan import Span, bank_rows, flops_per_token, plan, relative_step_cost
 from stackbert_kernels.train import checkpoint
@@ -87,17 +88,18 @@ def _execute(run: Run, progress: bool) -> dict:
         with closing(stream), closing(Metrics(run.metrics)) as metrics, _stop_signals() as stopped_by:
             log = _Log(metrics, state)
             for span in spans[_index(spans, state.step) :]:
-                stage = span.stage
+                stage = window = span.stage
+                whole = replace(stage, optimizer_state="copy")  # a reset is of the moment that the stage is entered
 
                 if state.step == span.first:
                     started = time.perf_counter()
                     if span.grows:
-                        depth, rows = model.depth, grow(model, optimizer, stage, seed=config.seed)
+                        growth = _grow(model, optimizer, span)
                     _use(model, optimizer, span)
                     state.seconds += time.perf_counter() - started
                     state.stage_seconds.append([])
                     if span.grows:
-                        log(span, "growth", operator=stage.grow, from_depth=depth, layer_map=rows)
+                        log(span, "growth", operator=stage.grow, **growth)
                     predicted = relative_step_cost(config, stage)
                     log(span, "stage", name=span.name, steps=stage.steps, predicted_cost=predicted, kernels=kernels)
                     console.stage(span, len(spans), predicted)
@@ -106,11 +108,14 @@ def _execute(run: Run, progress: bool) -> dict:
                     started = time.perf_counter()
                     parts = next(stream)
                     lr, gates = span.lr(step), span.gates(step)
+                    if span.at(step) != window:
+                        window = span.at(step)
+                        _set_window(model, optimizer, window)
                     loss, norm, skipped = _step(
                         model, optimizer, [p.to(device) for p in parts], step, lr, config, gates
                     )
                     tokens, seconds = sum(p.tokens for p in parts), time.perf_counter() - started
-                    _count(state, span, loss, tokens, flops_per_token(config, stage, gates), seconds, skipped)
+                    _count(state, span, loss, tokens, flops_per_token(config, window, gates), seconds, skipped)
                     console.step(state.step, span, loss, lr, tokens / seconds)
 
                     if state.step % config.log_every == 0 or state.step == span.last:
@@ -119,11 +124,16 @@ def _execute(run: Run, progress: bool) -> dict:
                         state.since_log = State().since_log
                     failed = state.skipped_in_row >= config.optim.skip_limit
                     ends = bool(stopped_by) or failed
-                    if state.step % config.eval_every == 0 or state.step == span.last:
+                    evaluates = state.step % config.eval_every == 0 or state.step == span.last
+                    saves = state.step % config.checkpoint_every == 0 or state.step == span.last or ends
+                    if (evaluates or saves) and window not in (stage, whole):
+                        window = whole
+                        _set_window(model, optimizer, window)
+                    if evaluates:
                         state.eval = _evaluate(model, held_out, config, batches)
                         log(span, "eval", **state.eval)
                         console.evaluated(state.step, state.eval)
-                    if state.step % config.checkpoint_every == 0 or state.step == span.last or ends:
+                    if saves:
                         metrics.sync()
                         path = _save(run, model, optimizer, state)
                         log(span, "checkpoint", path=_inside(run, path))
@@ -240,8 +250,21 @@ def _index(spans: list[Span], step: int) -> int:
     return next((span.index for span in spans if step < span.last), len(spans))
 
 
+def _grow(model: Bert, optimizer: Optimizer, span: Span) -> dict:
+    """What the log says of the growth that begins a stage."""
+    stage, seed = span.stage, span.config.seed
+    if span.index == 0:
+        rows = begin(model, stage, span.config.source, seed=seed)
+        return {"from_depth": max(rows) + 1, "layer_map": rows, "source": span.config.source}
+    depth = model.depth
+    return {"from_depth": depth, "layer_map": grow(model, optimizer, stage, seed=seed)}
+
+
 def _use(model: Bert, optimizer: Optimizer, span: Span) -> None:
-    stage = span.stage
+    _set_window(model, optimizer, span.stage)
+
+
+def _set_window(model: Bert, optimizer: Optimizer, stage: Stage) -> None:
     model.use(stage.depth, stage.train_from, stage.embeddings, stage.frozen_dropout, stage.rows, stage.ffn_rows)
     optimizer.set_window(stage)
 

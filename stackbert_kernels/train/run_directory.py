@@ -23,7 +23,9 @@ from pathlib import Path
 from stackbert_kernels.config import ConfigError, TrainConfig, differences, from_dict, to_dict
 from stackbert_kernels.data import tokenizer
 from stackbert_kernels.data.prepare import is_prepared, load_manifest, prepare
+from stackbert_kernels.data.prepare import tokenizer as prepared_tokenizer
 from stackbert_kernels.data.text import source_files
+from stackbert_kernels.growth.source import check_source, source_vocabulary
 
 CONFIG, DATA, METRICS, CHECKPOINTS, MODEL, TEXT = "config.json", "data", "metrics.jsonl", "checkpoints", "model", "text"
 REPORT, FIGURE = "report.html", "report.png"
@@ -57,19 +59,43 @@ def check(config: TrainConfig, directory: Path, *, fresh: bool = False) -> Train
     An earlier run of another configuration is refused unless `fresh`. Returns `config` with absolute paths and what is already known
     of the vocabulary.
     """
+    check_source(config)
+    config = _with_vocabulary(config)
     directory, data = Path(directory), config.data
     vocab = os.path.abspath(data.vocab) if data.vocab else ""
     config = replace(config, data=replace(data, text=tuple(map(os.path.abspath, data.text)), vocab=vocab))
+    config = replace(config, source=os.path.abspath(config.source) if config.source else "")
     earlier = _earlier(directory)
     if earlier is not None and not fresh:
         config = _the_same(earlier, config, directory)
     text = config.data.text
     if len(text) == 1 and is_prepared(text[0]):
-        return _resolved(config, load_manifest(text[0])["vocab_size"])
+        config = _resolved(config, load_manifest(text[0])["vocab_size"])
+        _check_words(config, text[0])
+        return config
     files = source_files(text)
     if not any(os.path.getsize(file) for file in files):
         raise ConfigError(f"text is empty: {', '.join(map(str, files[:3]))}{', ...' if len(files) > 3 else ''}")
     return _resolved(config, tokenizer.load(vocab, data.lowercase).get_vocab_size()) if vocab else config
+
+
+def _with_vocabulary(config: TrainConfig) -> TrainConfig:
+    """A run that begins from a source reads text by the source's words."""
+    if not config.source or config.data.vocab or (len(config.data.text) == 1 and is_prepared(config.data.text[0])):
+        return config
+    vocab = source_vocabulary(config.source)
+    if vocab is None:
+        raise ConfigError(f"source: {config.source} has no tokenizer.json or vocab.txt; name its vocabulary by --vocab")
+    return replace(config, data=replace(config.data, vocab=str(vocab)))
+
+
+def _check_words(config: TrainConfig, prepared: str) -> None:
+    """Rows of the source's word embedding must mean the words that they meant there."""
+    vocab = source_vocabulary(config.source) if config.source else None
+    if vocab is not None:
+        theirs = tokenizer.load(str(vocab), config.data.lowercase).get_vocab()
+        if theirs != prepared_tokenizer(prepared).get_vocab():
+            raise ConfigError(f"source: {prepared} was prepared with other words than those of {vocab}")
 
 
 def open_run(config: TrainConfig, directory: Path, *, fresh: bool = False, progress: bool = True) -> Run:
@@ -130,7 +156,9 @@ def _resolved(config: TrainConfig, words: int) -> TrainConfig:
         raise ConfigError(
             f"vocab_size must be the tokenizer's {words} (or 0, to take it), got vocab_size {config.model.vocab_size}"
         )
-    return replace(config, model=replace(config.model, vocab_size=words))
+    config = replace(config, model=replace(config.model, vocab_size=words))
+    check_source(config)
+    return config
 
 
 def _start_over(directory: Path) -> None:
