@@ -25,7 +25,11 @@ HERE = Path(__file__).parent
 RESULTS, PAGE = HERE / "results", HERE / "RESULTS.md"
 NOT_YET = "not yet measured on a GPU"
 COMMAND = "python -m benchmarks report"
-TRAINING = {"train_step": "The training step", "time_to_loss": "Held-out loss in equal time"}
+TRAINING = {
+    "train_step": "The training step",
+    "dropin": "Patched models of transformers",
+    "time_to_loss": "Held-out loss in equal time",
+}
 
 
 @dataclass(frozen=True)
@@ -196,7 +200,7 @@ def phases(result: Result, out: Path) -> list[str]:
 
 
 def whole_training(result: Result) -> list[str]:
-    """As `python -m benchmarks train_step` and `time_to_loss` print it."""
+    """As `python -m benchmarks train_step`, `dropin` and `time_to_loss` print it."""
     text = import_module(f".bench_{result.kind}", __package__).report(result.content)
     return [f"### {TRAINING[result.kind]}", f"```text\n{text}\n```"]
 
