@@ -145,14 +145,18 @@ def test_seeds_become_mean_and_range(tmp_path):
     entry = by_name(result)["mslt"]
     assert entry["seeds"] == [0, 1] and entry["to_target"]["runs_that_reached"] == 1
     assert entry["to_target"]["flops"] == pytest.approx(1e11 * math.exp(-0.1))
-    assert entry["to_target"]["flops_range"] == [pytest.approx(1e11 * math.exp(-0.4))] * 2
+    assert (
+        entry["to_target"]["flops_range"] == [pytest.approx(1e11 * math.exp(-0.3))] * 2
+    )  # against seed 0 of the baseline
+    assert list(entry["final_against_baseline"].values()) == pytest.approx([-0.1, -0.3, 0.1])
     final = entry["final_loss"]
     assert [final["mean"], final["min"], final["max"]] == pytest.approx(
         [9.9 - math.log(100), 9.6 - math.log(100), 10.2 - math.log(100)]
     )
     assert entry["curve"][-1]["low"] == final["min"] and entry["curve"][-1]["high"] == final["max"]
     assert by_name(result)["baseline"]["to_target"]["reached"]  # by the definition of the target
-    assert "5.295 ±0.300" in text(result)
+    assert by_name(result)["baseline"]["to_target"]["runs_that_reached"] == 2
+    assert "5.295 ±0.300  -0.100 ±0.200  " in text(result)
 
 
 def test_only_seeds_that_all_have_count(tmp_path):

@@ -60,7 +60,8 @@ def compare(
         measure: min(_total(run, measure, free_source) for method in ranked for run in method.runs)
         for measure in MEASURES
     }
-    entries = [_entry(method, target, budgets, free_source) for method in ranked]
+    ends = {run.config.seed: run.curve[-1].loss for run in reference.runs}
+    entries = [_entry(method, target, ends, budgets, free_source) for method in ranked]
     own = next(entry for entry in entries if entry["name"] == reference.name)
     for entry in entries:
         for measure in MEASURES:
@@ -225,17 +226,28 @@ def _log_share(low: float, high: float, x: float) -> float:
     return (math.log(x) - math.log(low)) / (math.log(high) - math.log(low)) if high > low else 1.0
 
 
-def _entry(method: Method, target: float, budgets: dict[str, float], free_source: bool) -> dict:
+def _entry(
+    method: Method, target: float, baseline_ends: dict[int, float], budgets: dict[str, float], free_source: bool
+) -> dict:
+    """`baseline_ends`: the baseline's final loss of each seed, which a single run is held against: the seed decides how hard its held-out
+    text is."""
     curve = _mean_curve(method.runs, free_source)
     curves = [_mean_curve([run], free_source) for run in method.runs]
     ends = [i for i, (a, b) in enumerate(itertools.pairwise(curve)) if a["stage"] != b["stage"]]
+    own_targets = [baseline_ends.get(run.config.seed, target) for run in method.runs]
+    differences = [
+        run.curve[-1].loss - baseline_ends[run.config.seed] for run in method.runs if run.config.seed in baseline_ends
+    ]
     to_target: dict[str, object] = {
         "reached": spent_to(curve, "flops", target) is not None,
-        "runs_that_reached": sum(spent_to(c, "flops", target) is not None for c in curves),
+        "runs_that_reached": sum(
+            spent_to(c, "flops", own) is not None for c, own in zip(curves, own_targets, strict=True)
+        ),
     }
     for measure in MEASURES:
         to_target[measure] = spent_to(curve, measure, target)
-        reached = [x for c in curves if (x := spent_to(c, measure, target)) is not None]
+        each = [spent_to(c, measure, own) for c, own in zip(curves, own_targets, strict=True)]
+        reached = [x for x in each if x is not None]
         to_target[f"{measure}_range"] = [min(reached), max(reached)] if reached else None
     at = {}
     for measure, budget in budgets.items():
@@ -250,6 +262,7 @@ def _entry(method: Method, target: float, budgets: dict[str, float], free_source
         "seeds": [run.config.seed for run in method.runs],
         "steps": config.steps,
         "final_loss": _spread([run.curve[-1].loss for run in method.runs]),
+        "final_against_baseline": _spread(differences) if differences else None,
         "final_accuracy": _spread([run.curve[-1].accuracy for run in method.runs]),
         "spent": {m: _spread([_total(run, m, free_source) for run in method.runs]) for m in MEASURES},
         "before": asdict(_before(method.runs[0], free_source)),

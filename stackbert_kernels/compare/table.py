@@ -18,18 +18,19 @@ def text(result: dict) -> str:
     methods, target, equal = result["methods"], result["target"], result["equal"]
     several = any(len(m["runs"]) > 1 for m in methods)
     starred = any(at and at["mid_decay"] for m in methods for at in m["at_equal"].values())
-    losses = [["", "method", "runs", "steps", "final loss", "accuracy", f"at {magnitude(equal['flops'])}FLOP",
+    losses = [["", "method", "runs", "steps", "final loss", "vs baseline", "accuracy", f"at {magnitude(equal['flops'])}FLOP",
                f"at {magnitude(equal['tokens'])} tokens", f"at {_seconds(equal['seconds'])} s"]]  # fmt: skip
     costs = [["", "method", "FLOPs", "tokens", "seconds", "of the runs", "spent in all"]]
     for rank, m in enumerate(methods, 1):
         at, cost, spent = m["at_equal"], m["to_target"], m["spent"]
-        losses.append([str(rank), m["name"], str(len(m["runs"])), f"{m['steps']:,}", _loss(m["final_loss"]), _loss(m["final_accuracy"]),
+        losses.append([str(rank), m["name"], str(len(m["runs"])), f"{m['steps']:,}", _loss(m["final_loss"]),
+                       _difference(m, target["method"]), _loss(m["final_accuracy"]),
                        *(_loss(at[measure]) for measure in ("flops", "tokens", "seconds"))])  # fmt: skip
         of_all = f"{magnitude(spent['flops']['mean'])}FLOP, {magnitude(spent['tokens']['mean'])} tokens, {_seconds(spent['seconds']['mean'])} s"
         costs.append([str(rank), m["name"], _cost(cost, "flops", magnitude), _cost(cost, "tokens", magnitude), _cost(cost, "seconds", _seconds),
                       f"{cost['runs_that_reached']} of {len(m['runs'])}", of_all])  # fmt: skip
     for entry in result["not_ranked"]:
-        losses.append(["-", entry["name"], "", "", f"({entry['curve'][-1]['loss']:.3f})", "", "", "", ""])
+        losses.append(["-", entry["name"], "", "", f"({entry['curve'][-1]['loss']:.3f})", "", "", "", "", ""])
     free = (
         "earlier runs, teachers and sources are free"
         if result["free_source"]
@@ -46,7 +47,7 @@ def text(result: dict) -> str:
         + (f" (mean of {target['runs']} runs)" if target["runs"] > 1 else ""),
         *_aligned(costs),
         f"FLOPs: {COUNTED[result['counting']]}; seconds: training as measured; {free}",
-        "ranked by seconds to that loss, then by loss at equal seconds",
+        "ranked by seconds to that loss, then by loss at equal seconds; a single run is held against the baseline's of the same seed",
     ]
     warnings = [f"{entry['name']} is not ranked: {entry['why']} ({entry['run']})" for entry in result["not_ranked"]]
     warnings += result["notes"]
@@ -58,6 +59,14 @@ def _loss(spread: dict | None) -> str:
         return "-"
     half = (spread["max"] - spread["min"]) / 2
     return f"{spread['mean']:.3f}" + (f" ±{half:.3f}" if half else "") + ("*" if spread.get("mid_decay") else "")
+
+
+def _difference(entry: dict, baseline: str) -> str:
+    spread = entry["final_against_baseline"]
+    if spread is None or entry["name"] == baseline:
+        return "-"
+    half = (spread["max"] - spread["min"]) / 2
+    return f"{spread['mean']:+.3f}" + (f" ±{half:.3f}" if half else "")
 
 
 def _cost(cost: dict, measure: str, shown) -> str:
