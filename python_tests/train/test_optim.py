@@ -104,10 +104,17 @@ def test_matches_torch(stage, max_norm):
 @pytest.mark.parametrize("name", ["lamb", "lans"])
 @pytest.mark.parametrize("stage", [JOINT, STAGE_2], ids=["all", "upper"])
 def test_lamb_and_lans_take_each_parameter_of_each_layer_for_itself(name, stage):
-    """Bit for bit: each parameter that learns, as a tensor of its own."""
+    """Bit for bit: each parameter that learns, as a tensor of its own; query, key and value are three of them."""
     model, optimizer = make(stage, OptimConfig(optimizer=name, weight_decay=0.1), objective="mlm+nsp")
+
+    def separate(n: str, tensor: torch.Tensor) -> list[torch.Tensor]:
+        return list(tensor.chunk(3)) if ".qkv_" in n else [tensor]
+
     alone = {
-        n: [t.detach().clone() for t in (p, torch.zeros_like(p), torch.zeros_like(p), torch.zeros(()))]
+        n: [
+            [t.detach().clone() for t in (q, torch.zeros_like(q), torch.zeros_like(q), torch.zeros(()))]
+            for q in separate(n, p)
+        ]
         for n, p in model.named_parameters()
         if p.requires_grad
     }
@@ -118,14 +125,14 @@ def test_lamb_and_lans_take_each_parameter_of_each_layer_for_itself(name, stage)
         norm = optimizer.clip(1.0)
         for n, p in model.named_parameters():
             if p.requires_grad:
-                w, m, v, t = alone[n]
                 clip = {"max_norm": 1.0} if name == "lamb" else {}
                 call = ops.lamb_ if name == "lamb" else ops.lans_
-                adapted = p.numel() if p.dim() >= 2 else 0
-                call([w], [p.grad], [m], [v], [t], [adapted], lr=1e-2, weight_decay=0.1, norm=norm, **clip)
+                for (w, m, v, t), grad in zip(alone[n], separate(n, p.grad), strict=True):
+                    adapted = w.numel() if p.dim() >= 2 else 0
+                    call([w], [grad], [m], [v], [t], [adapted], lr=1e-2, weight_decay=0.1, norm=norm, **clip)
         assert optimizer.step(1e-2, loss=loss) == 0.0
     for n, p in model.named_parameters():
-        assert torch.equal(p, alone[n][0] if n in alone else frozen[n]), n
+        assert torch.equal(p, torch.cat([part[0] for part in alone[n]]) if n in alone else frozen[n]), n
 
 
 @pytest.mark.parametrize("name", ["lamb", "lans"])

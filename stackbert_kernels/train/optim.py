@@ -6,12 +6,14 @@ L layers, P elements of a bank row.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor
 
 from stackbert_kernels import ops
 from stackbert_kernels.config import OptimConfig, Stage
+from stackbert_kernels.model.bank import LayerBank
 from stackbert_kernels.model.bert import Bert
 
 
@@ -47,11 +49,7 @@ class Optimizer:
         self.norm: Tensor | None = None
         self._max_norm = 0.0
         self._readers: Tensor | None = None  # [bank_rows, 1] layers that read each row, where it learns from their mean
-        ends = [
-            *(slot.offset for slot in bank.layout[1:]),
-            bank.weights.shape[1],
-        ]  # padding has neither weights nor gradients
-        self._parts = [end - slot.offset for slot, end in zip(bank.layout, ends, strict=True)]
+        self._parts = _parts(bank)
         self._follow_model()
 
     def set_window(self, stage: Stage) -> None:
@@ -206,3 +204,17 @@ class Optimizer:
 
 def _no_moments(parameter: Tensor) -> Moments:
     return Moments(torch.zeros_like(parameter), torch.zeros_like(parameter), torch.zeros((), device=parameter.device))
+
+
+def _parts(bank: LayerBank) -> list[int]:
+    """Elements of a row that LAMB and LANS take as one parameter each: BERT's query, key and value are three, as in the papers.
+
+    Padding behind a slot, which has neither weights nor gradients, belongs to the part before it.
+    """
+    starts = [
+        slot.offset + i * slot.size // thirds
+        for slot in bank.layout
+        for thirds in [3 if slot.name.startswith("qkv_") else 1]
+        for i in range(thirds)
+    ]
+    return [end - start for start, end in pairwise([*starts, bank.weights.shape[1]])]
