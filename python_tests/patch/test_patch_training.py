@@ -101,3 +101,28 @@ def test_frozen_tables_get_no_gradient():
     patched(**samples.batch("BertModel", "right"))[0].sum().backward()
     assert all(p.grad is None for p in patched.embeddings.parameters())
     assert patched.encoder.layer[0].output.dense.weight.grad is not None
+
+
+def bfloat16_losses(seed: int, patched: bool) -> torch.Tensor:
+    """200 steps under autocast; the seed decides the weights, the dropout and the order of the batches."""
+    name = "BertForSequenceClassification"
+    model = samples.model(name, p=0.1, seed=seed, num_hidden_layers=1, hidden_size=32, num_attention_heads=2).train()
+    if patched:
+        sbk.patch(model, unpad=True)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    torch.manual_seed(seed)
+    losses = []
+    for step in range(200):
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = model(**samples.batch(name, "right", (step + 7 * seed) % 5)).loss
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.detach())
+    return torch.stack(losses).view(20, 10).mean(1)
+
+
+def test_bfloat16_learns_within_the_spread_of_two_seeds():
+    one, other, ours = bfloat16_losses(1, False), bfloat16_losses(2, False), bfloat16_losses(1, True)
+    assert one[-1] < 0.7 * one[0]
+    assert (ours - one).abs().mean() < (other - one).abs().mean()

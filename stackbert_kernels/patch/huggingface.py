@@ -169,7 +169,9 @@ def _embeddings(block: Block, parts: Parts) -> Entries:
         return block.skipped("embeddings", f"its norm is {module.LayerNorm}")
     like, counts = tables[0].weight, block.family in COUNT_TOKENS
     note = "inputs_embeds are given"
-    return _replaced(block, "embeddings", blocks.Embeddings, "embedding_layer_norm", like.shape, like, note, counts)
+    return _replaced(
+        block, "embeddings", blocks.Embeddings, "embedding_layer_norm", (1, like.shape[1]), like, note, counts
+    )
 
 
 def _transform(kind: type[Swapped], dense: str, activation: str, norm: str) -> Callable[[Block, Parts], Entries]:
