@@ -20,7 +20,7 @@ from pathlib import Path
 
 import stackbert_kernels
 
-from . import machine, results_file
+from . import machine, machine_code, results_file
 
 ARCHITECTURES = (80, 90, 100)
 SHARED_MEMORY = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}  # bytes that one program may have
@@ -53,19 +53,17 @@ def compiled(compilation, arch: int) -> dict[str, object]:
     options = {name: getattr(compilation, name) for name in ("num_warps", "num_stages", "maxnreg")}
     binary = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
     usage, sass = _disassembled(binary.asm["cubin"])
-    instructions = _instructions(sass)
+    instructions = machine_code.instructions(sass)
     counts = collections.Counter(instruction.split(".")[0] for instruction in instructions)
-    accesses = collections.Counter(i for i in instructions if re.match(r"(LDG|STG|LDGSTS)\.", i))
+    facts = machine_code.facts(instructions)
     row = {
         "kernel": compilation.name,
         "arch": arch,
         "registers": int(re.search(r"REG:(\d+)", usage)[1]),
         "spills": counts["STL"],
         "shared": binary.metadata.shared,
-        "instructions": len(instructions) - counts["NOP"],
-        "accesses": dict(accesses),
-        "products": {name: n for name, n in counts.items() if name.endswith("MMA")},
-        "narrow": sum(n for name, n in accesses.items() if ".128" not in name),
+        **{name: facts[name] for name in ("instructions", "accesses", "products")},
+        "narrow": sum(n for name, n in facts["accesses"].items() if machine_code.bits(name) < 128),
     }
     return row | {"broken": broken(compilation, row, counts)}
 
@@ -84,10 +82,6 @@ def broken(compilation, row: dict[str, object], counts: collections.Counter) -> 
     missing = [name for name in compilation.sass.get(row["arch"], ()) if not counts[name]]
     unwanted = [name for name in compilation.without.get(row["arch"], ()) if counts[name]]
     return found + [f"no {name}" for name in missing] + [f"{name}, not wanted" for name in unwanted]
-
-
-def _instructions(sass: str) -> list[str]:
-    return re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+ )?([A-Z][\w.]*)", sass, re.MULTILINE)
 
 
 def _disassembled(cubin: bytes) -> tuple[str, str]:

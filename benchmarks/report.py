@@ -1,7 +1,7 @@
 """RESULTS.md from the committed results: tables and plots by machine, beside the targets, and what has changed since.
 
     results/MACHINE/*.json   what `python -m benchmarks`, `train_step`, `time_to_loss` and `benchmarks.gpu` wrote
-    results/compiled.json    what `python -m benchmarks.compiled --json` wrote
+    results/compiled.json    what `python -m benchmarks.compiled --json` wrote, and compiled_cuda.json what `benchmarks.compiled_cuda` did
 
 The page is made of these files, of the declarations, and of the digests of the sources as they are now: an op whose sources are not
 those that were measured is marked. Nothing on it depends on the day or on the machine that renders it. --check renders it again and
@@ -83,6 +83,7 @@ def render(folder: Path, out: Path) -> str:
     for name, results in machines.items():
         parts += machine_section(name, results, out)
     parts += [floors_section(), compiled_section(folder / "compiled.json")]
+    parts += [compiled_cuda_section(folder / "compiled_cuda.json")]
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
@@ -275,6 +276,49 @@ def compiled_section(path: Path) -> str:
         f"Triton {made.machine['triton']}, {stands_for(made, stems)}. {staleness(made, stems)}"
     )
     return f"{text}\n\n{table.markdown(list(lines.values()))}"
+
+
+def compiled_cuda_section(path: Path) -> str:
+    """Facts of the machine code of the CUDA kernels, a line for those of one name."""
+    if not path.exists():
+        return ""
+    try:
+        result = results_file.read(path)
+    except ValueError as error:
+        raise BadUse(str(error)) from None
+    archs = dict.fromkeys(f"sm_{row['arch']}" for row in result["rows"])
+    lines: dict[tuple[str, str], dict[str, object]] = {}
+    for row in result["rows"]:
+        line = lines.setdefault(
+            (row["file"] or "", row["kernel"]),
+            {
+                "kernel": row["kernel"],
+                "file": row["file"],
+                "instances": row["instances"],
+                **dict.fromkeys(archs),
+                "stack": 0,
+            },
+        )
+        line[f"sm_{row['arch']}"] = _span(row["registers"])
+        line["stack"] = max(line["stack"], row["stack"])
+        if row["arch"] == CUDA_SASS:
+            line[f"instructions, sm_{CUDA_SASS}"] = _span(row["instructions"])
+            line["by 16 bytes"], line["matrix units"] = row["wide"] or None, ", ".join(row["products"]) or None
+    made = Result(path, result)
+    text = (
+        "## CUDA kernels, as they are compiled\n\nRegisters of a thread, from the instance with the fewest to that with the most; bytes of stack of any "
+        "on any architecture, where spilled registers would be; how many instances move global memory by 16 bytes. "
+        f"nvcc {made.machine['cuda']}, {stands_for(made, {})}. Every build holds its kernels to their bounds: `python -m benchmarks.compiled_cuda`."
+    )
+    return f"{text}\n\n{table.markdown(list(lines.values()))}"
+
+
+CUDA_SASS = "90a"
+
+
+def _span(bounds: Sequence[int]) -> str:
+    fewest, most = bounds
+    return str(most) if fewest == most else f"{fewest} to {most}"
 
 
 # The command.

@@ -6,14 +6,12 @@ import argparse
 import importlib.util
 import json
 import os
-import re
-import shutil
 import subprocess
 import sys
 from pathlib import Path
 from types import ModuleType
 
-from .. import results_file
+from .. import machine_code, results_file
 
 SKIP = "STACKBERT_SKIP_CUDA_BUILD"
 
@@ -48,44 +46,6 @@ def build_info(root: Path) -> dict:
     if ran.returncode:
         raise RuntimeError(f"the module does not load: {ran.stderr.strip().splitlines()[-1]}")
     return json.loads(ran.stdout)
-
-
-def cuda_tool(name: str, nvcc: Path | None) -> str | None:
-    """Beside nvcc, on PATH, or in the Triton package."""
-    folders = [nvcc.resolve().parent, nvcc.parent] if nvcc else []
-    triton = importlib.util.find_spec("triton")
-    for origin in (triton.submodule_search_locations or []) if triton else []:
-        folders.append(Path(origin) / "backends" / "nvidia" / "bin")
-    on_path = shutil.which(name)
-    candidates = [*(folder / name for folder in folders[:2]), *([Path(on_path)] if on_path else []), *folders[2:]]
-    candidates = [c / name if c.is_dir() else c for c in candidates]
-    return next((str(c) for c in candidates if os.access(c, os.X_OK) and c.is_file()), None)
-
-
-def kernels(usage: str) -> list[dict]:
-    """A row a kernel from what `cuobjdump -res-usage` prints, most registers first. `stack` holds spilled registers and local arrays."""
-    pattern = re.compile(r"Function (\S+):\s*\n\s*REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)")
-    rows, arch = [], None
-    for line in re.split(r"(?=^\s*Function )|(?=^arch = )", usage, flags=re.MULTILINE):
-        named = re.match(r"arch = (\S+)", line)
-        arch = named[1] if named else arch
-        match = pattern.search(line)
-        if match:
-            registers, stack, shared, local = map(int, match.groups()[1:])
-            rows.append({
-                "kernel": match[1], "arch": arch, "registers": registers, "shared": shared, "stack": stack + local,
-            })  # fmt: skip
-    return sorted(rows, key=lambda row: (-row["registers"], row["kernel"]))
-
-
-def readable(names: list[str], filt: str | None) -> list[str]:
-    """Demangled, without arguments and our own namespaces."""
-    if filt and names:
-        ran = subprocess.run([filt], input="\n".join(names), capture_output=True, text=True)
-        found = ran.stdout.splitlines()
-        names = found if ran.returncode == 0 and len(found) == len(names) else names
-    short = [re.sub(r"stackbert::|cuda::|\(anonymous namespace\)::|^void ", "", name) for name in names]
-    return [re.sub(r"\([^()]*\)$", "", name) for name in short]
 
 
 def lines(info: dict, rows: list[dict]) -> list[str]:
@@ -123,7 +83,7 @@ def main() -> int:
     results_file.write(options.result, result)
 
     nvcc, _ = setup.find_nvcc(os.environ)
-    cuobjdump = cuda_tool("cuobjdump", nvcc)
+    cuobjdump = machine_code.cuda_tool("cuobjdump", nvcc)
     if not info["cuda"]:
         return 0
     if cuobjdump is None:
@@ -131,9 +91,8 @@ def main() -> int:
         results_file.write(options.result, result)
         return 0
     usage = subprocess.run([cuobjdump, "-res-usage", info["file"]], capture_output=True, text=True).stdout
-    rows = kernels(usage)
-    filt = cuda_tool("cu++filt", nvcc) or shutil.which("c++filt")
-    for row, name in zip(rows, readable([row["kernel"] for row in rows], filt), strict=True):
+    rows = machine_code.resource_usage(usage)
+    for row, name in zip(rows, machine_code.readable(row["kernel"] for row in rows), strict=True):
         row["kernel"] = name
     print(f"{'registers':>9} {'shared':>7} {'stack':>6}  kernel")
     for row in rows:

@@ -16,7 +16,8 @@ import time
 from pathlib import Path
 
 from .. import results_file
-from .build import cuda_tool, setup_module
+from ..machine_code import cuda_tool
+from .build import setup_module
 
 TOOLS = ("memcheck", "racecheck")
 FOUND = 86  # exit status for an error that the tool found; no other part of this uses it

@@ -232,6 +232,21 @@ def test_compiled_kernels_are_a_row_each(page, tmp_path):
     assert "**Changed since: dropout.**" in text and "not yet measured on a GPU" in text.splitlines()[0]
 
 
+def test_compiled_cuda_kernels_of_a_name_are_a_row(page, tmp_path):
+    rows = [
+        {"file": "dropout_cuda.cu", "kernel": "dropout_kernel", "arch": arch, "instances": 6, "registers": [30, 40], "stack": stack, "broken": []}
+        for arch, stack in (("80", 8), ("90a", 0))
+    ]  # fmt: skip
+    rows[1] |= {"instructions": [200, 200], "wide": 3, "products": ["HMMA"]}
+    facts = {name: MACHINE[name] for name in ("python", "date", "commit", "dirty")} | {"device": "cuda", "cuda": "13.0"}
+    compiled = {"format": 1, "kind": "compiled_cuda", "machine": facts, "rows": rows}
+    (tmp_path / "results").mkdir()
+    (tmp_path / "results" / "compiled_cuda.json").write_text(json.dumps(compiled))
+    text = page()
+    assert "| dropout_kernel | dropout_cuda.cu | 6 | 30 to 40 | 30 to 40 | 8 | 200 | 3 | HMMA |" in text
+    assert "nvcc 13.0, " in text
+
+
 # Staleness.
 
 
