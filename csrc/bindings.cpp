@@ -210,8 +210,9 @@ PYBIND11_MODULE(_C, m) {
         "why_no_cuda.");
   m.def("cuda_archs", &built_architectures, "The architectures that the CUDA kernels are built for; [] without CUDA.");
   m.def("cuda_available", &cuda_available, "Whether there are CUDA kernels here, a driver, and a device.");
-  m.def("cuda_archs_run_on", &any_runs_on, py::arg("archs"), py::arg("major"), py::arg("minor"),
-        "Whether code built for these architectures runs on a device of compute capability major.minor.");
+  m.def("cuda_archs_why_not", &why_none_runs_on, py::arg("archs"), py::arg("major"), py::arg("minor"),
+        "Why code built for these architectures does not run on a device of compute capability major.minor; '' if it "
+        "does.");
 
   m.def(
       "dropout",

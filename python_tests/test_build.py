@@ -179,8 +179,10 @@ def test_tools_come_from_their_package_or_else_from_path(tmp_path, monkeypatch):
     ],
 )
 def test_which_devices_built_code_runs_on(archs, runs, does_not):
-    assert all(_C.cuda_archs_run_on(archs, *device) for device in runs)
-    assert not any(_C.cuda_archs_run_on(archs, *device) for device in does_not)
+    assert [_C.cuda_archs_why_not(archs, *device) for device in runs] == [""] * len(runs)
+    for major, minor in does_not:
+        message = f"the device is sm_{major}{minor}, this module was built for {' '.join(archs)}; build it again with "
+        assert _C.cuda_archs_why_not(archs, major, minor) == f"{message}STACKBERT_CUDA_ARCHS={major}{minor}"
 
 
 def test_build_info_is_whole():

@@ -63,3 +63,16 @@ def test_cuda_launches_are_checked_and_nothing_waits(file):
     assert file.name.endswith("_cuda.cu")
     assert "<<<" not in text, "kernels are launched by common/launch.cuh, which checks"
     assert not re.search(r"cuda(Device|Stream)Synchronize|cudaMalloc|cudaFree", text)
+
+
+@pytest.mark.parametrize(
+    "file", [file for file in SOURCES if file.name.endswith("_cuda.cu")], ids=lambda file: file.name
+)
+def test_every_way_in_asks_whether_the_device_is_one_it_was_built_for(file):
+    """OnDevice refuses, before a launch, a device that no embedded architecture runs on."""
+    for name, body in re.findall(
+        r"^void (\w+)\([^)]*int device, void\* stream\) \{\n(.*?)^\}", code(file), re.DOTALL | re.MULTILINE
+    ):
+        before = re.split(r"\blaunch\(|\bwith_\w+\(|\bcolumn_sums<|\bsum_by_row<", body)[0]
+        assert "const OnDevice on_device(" in before, f"{name} launches before it asks"
+    assert "const OnDevice on_device(" in code(file) or "int device, void* stream)" not in code(file)

@@ -39,4 +39,15 @@ inline bool any_runs_on(const std::vector<std::string>& entries, int major, int 
   return false;
 }
 
+// Why none of the entries runs on compute capability major.minor, naming both; empty where one does. The driver's own
+// words, "no kernel image is available", name neither.
+inline std::string why_none_runs_on(const std::vector<std::string>& entries, int major, int minor) {
+  if (any_runs_on(entries, major, minor)) return "";
+  std::string built;
+  for (const std::string& entry : entries) built += (built.empty() ? "" : " ") + entry;
+  const std::string number = std::to_string(10 * major + minor);
+  return "the device is sm_" + number + ", this module was built for " + built +
+         "; build it again with STACKBERT_CUDA_ARCHS=" + number;
+}
+
 }  // namespace stackbert

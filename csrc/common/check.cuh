@@ -21,19 +21,16 @@ inline void check(cudaError_t status, const char* op, const char* call) {
 // After every <<<...>>>.
 inline void check_launch(const char* op) { check(cudaGetLastError(), op, "the kernel launch"); }
 
-// While it lives, `device` is the current one. Refuses a device that none of the embedded architectures runs on: the
-// driver's own words for that, "no kernel image is available", name neither.
+// While it lives, `device` is the current one. Refuses a device that none of the embedded architectures runs on; every
+// function that launches begins with it.
 class OnDevice {
  public:
   OnDevice(const char* op, int device) {
     int major = 0, minor = 0;
     check(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device), op, "cudaDeviceGetAttribute");
     check(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device), op, "cudaDeviceGetAttribute");
-    if (!any_runs_on(built_architectures(), major, minor)) {
-      const std::string number = std::to_string(10 * major + minor);
-      throw std::runtime_error(std::string(op) + ": the device is sm_" + number + ", this module was built for " +
-                               STACKBERT_CUDA_ARCHS + "; build it again with STACKBERT_CUDA_ARCHS=" + number);
-    }
+    const std::string why_not = why_none_runs_on(built_architectures(), major, minor);
+    if (!why_not.empty()) throw std::runtime_error(std::string(op) + ": " + why_not);
     check(cudaGetDevice(&before_), op, "cudaGetDevice");
     if (before_ != device) check(cudaSetDevice(device), op, "cudaSetDevice");
   }
