@@ -223,6 +223,27 @@ class LayerDrop:
 
 
 @dataclass(frozen=True)
+class Untying:
+    """When layers that share rows part before their stage ends: by the cosine of the gradients of adjacent layers (Yang et al. 2021)."""
+
+    every: int = 0
+    """Steps between two readings; 0 = none, they share to the end of the stage."""
+    below: float = 0.5
+    """A cosine below this is low."""
+    split: bool = False
+    """No: all layers part once more than half of the cosines were low in three readings in a row (SWE-A). Yes: at each reading, a group
+    of layers is split wherever the cosine of two that follow each other is low (SWE-M)."""
+
+    def __post_init__(self):
+        _require(self.every >= 0, f"untie: every must be >= 0, got {self.every}")
+        _require(-1 <= self.below <= 1, f"untie: below must be in [-1, 1], got {self.below}")
+
+    def due(self, step: int) -> bool:
+        """Whether the gradients are read after `step` steps of the run."""
+        return self.every > 0 and step % self.every == 0
+
+
+@dataclass(frozen=True)
 class Stage:
     """A stretch of steps with one active window: layers [0, depth) run, layers [train_from, depth) learn (contract 3.6)."""
 
@@ -259,6 +280,8 @@ class Stage:
     submodel: int = 0
     """0, or a divisor of depth: each step draws one of the depths submodel, 2 submodel, ..., depth, runs so many of the lowest layers and
     trains the topmost `submodel` of these."""
+    untie: Untying = Untying()
+    """When shared layers part of themselves."""
     name: str = ""
 
     def __post_init__(self):
@@ -272,6 +295,7 @@ class Stage:
         _one_of("lr_policy", self.lr_policy, LR_POLICIES)
         _one_of("shared_gradient", self.shared_gradient, SHARED_GRADIENTS)
         _check_rows(self)
+        _check_untying(self)
         _require(
             self.drop.keep == 1 or self.train_from == 0,
             f"layers are left out only where all learn: train_from must be 0 with drop, got {self.train_from}",
@@ -395,8 +419,8 @@ def _check_curve(stage: Stage) -> None:
 def _check_rows(stage: Stage) -> None:
     if not stage.rows:
         _require(
-            not stage.ffn_rows and stage.shared_gradient == "sum",
-            "ffn_rows and shared_gradient need rows, got none",
+            not stage.ffn_rows and stage.shared_gradient == "sum" and stage.untie.every == 0,
+            "ffn_rows, shared_gradient and untie need rows, got none",
         )
         return
     for name, rows in (("rows", stage.rows), ("ffn_rows", stage.feed_forward_rows)):
@@ -413,6 +437,16 @@ def _check_rows(stage: Stage) -> None:
     _require(
         not stage.ffn_rows or stage.shared_gradient == "sum",
         "shared_gradient 'mean' is of whole layers: not with ffn_rows",
+    )
+
+
+def _check_untying(stage: Stage) -> None:
+    if stage.untie.every == 0:
+        return
+    _require(not stage.ffn_rows, "untie parts whole layers: not with ffn_rows")
+    _require(
+        not stage.untie.split or list(stage.rows) == sorted(stage.rows),
+        f"untie.split needs groups of layers that follow each other, got rows {stage.rows}",
     )
 
 
@@ -552,7 +586,7 @@ def _compare(name: str, old, new, found: list[str]) -> None:
     if is_dataclass(old):
         for f in fields(old):
             # The sections of TrainConfig add nothing to a name (field names are unique over them); stages[i] does.
-            inner = f"{name}.{f.name}" if isinstance(old, Stage | LayerDrop) else f.name
+            inner = f"{name}.{f.name}" if isinstance(old, Stage | LayerDrop | Untying) else f.name
             _compare(inner, getattr(old, f.name), getattr(new, f.name), found)
     elif name == "stages" and len(old) == len(new):
         for i, (a, b) in enumerate(zip(old, new, strict=True)):

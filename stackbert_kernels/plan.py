@@ -258,8 +258,8 @@ def trainable_parameters(config: TrainConfig, stage: Stage) -> int:
 
 
 def bank_rows(config: TrainConfig) -> int:
-    """Rows of the layer bank that some stage reads: as many as layers, unless they share for the whole run."""
-    return max(stage.bank_rows for stage in config.stages)
+    """Rows of the layer bank that some stage reads or may come to read: as many as layers, unless they share for the whole run."""
+    return max(stage.depth if stage.untie.every else stage.bank_rows for stage in config.stages)
 
 
 def layer_parameters(model: ModelConfig) -> int:

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import replace
 
 import pytest
 import torch
 from model.samples import TINY, batch
-from train.runs import assert_goes_on_bitwise, settings, state_after
+from train.runs import assert_goes_on_bitwise, log_of, settings, state_after
 
 from stackbert_kernels import ops
-from stackbert_kernels.config import ConfigError, ModelConfig, OptimConfig, Stage, TrainConfig
+from stackbert_kernels.config import ConfigError, ModelConfig, OptimConfig, Stage, TrainConfig, Untying
 from stackbert_kernels.growth.apply import grow
-from stackbert_kernels.growth.share import unshare
+from stackbert_kernels.growth.share import gradient_cosines, part_layers, unshare
 from stackbert_kernels.model import Bert, LayerBank
-from stackbert_kernels.plan import flops_per_token, trainable_parameters
+from stackbert_kernels.plan import bank_rows, flops_per_token, trainable_parameters
 from stackbert_kernels.recipes import ShareThenUnshareOptions, share_then_unshare
 from stackbert_kernels.train.optim import Optimizer
 
@@ -52,6 +53,11 @@ REFUSED = [
     ({"gradient": "max"}, {}, "share_then_unshare: gradient must be one of sum, mean, got 'max'"),
     ({"unit": 5}, {}, "share_then_unshare: unit must divide layers and be fewer, got layers 12, unit 5; units that fit: 1, 2, 3, 4, 6"),
     ({"shared": 0.0, "unit": 2}, {}, "share_then_unshare: shared 0 begins with equal layers, which needs unit 1, got 2"),
+    ({"until": "late"}, {}, "share_then_unshare: until must be one of fixed, adaptive, split, got 'late'"),
+    ({"until": "adaptive", "rewarm": 5}, {}, "share_then_unshare: rewarm needs a known step: until must be fixed, got adaptive"),
+    ({"until": "split", "unit": 2}, {}, "share_then_unshare: until split begins with one group, which needs unit 1, got 2"),
+    ({"until": "split", "below": 2.0}, {}, "untie: below must be in [-1, 1], got 2.0"),
+    ({"every": -1}, {}, "share_then_unshare: every must be >= 0, got -1"),
     ({}, {"steps": 3}, "share_then_unshare: steps must leave both stages (shared 0.1) at least 1, got steps 3"),
 ]  # fmt: skip
 
@@ -89,7 +95,10 @@ def test_stages_that_cannot_follow_each_other_are_refused(stages, message):
         ({"rows": (0, 2, 2, 2)}, "rows must name, for each of 4 layers, one of the rows up to its own, got (0, 2, 2, 2)"),
         ({"rows": (0, 0, 2, 2)}, "rows must be numbered without a gap, got [0, 2]"),
         ({"rows": (0, 0, 0, 0), "train_from": 2, "embeddings": "freeze"}, "layers that share rows learn together: train_from must be 0"),
-        ({"ffn_rows": (0, 0, 0, 0)}, "ffn_rows and shared_gradient need rows, got none"),
+        ({"ffn_rows": (0, 0, 0, 0)}, "ffn_rows, shared_gradient and untie need rows, got none"),
+        ({"untie": Untying(every=1)}, "ffn_rows, shared_gradient and untie need rows, got none"),
+        ({"rows": (0,) * 4, "ffn_rows": (0, 1, 2, 3), "untie": Untying(every=1)}, "untie parts whole layers: not with ffn_rows"),
+        ({"rows": (0, 1, 0, 1), "untie": Untying(every=1, split=True)}, "untie.split needs groups of layers that follow each other"),
         ({"rows": (0,) * 4, "ffn_rows": (0, 1, 2, 3), "shared_gradient": "mean"}, "shared_gradient 'mean' is of whole layers"),
     ],
 )  # fmt: skip
@@ -103,6 +112,59 @@ def test_maps_of_unsharing():
     assert unshare((0, 0, 0, 0), (0, 1, 2, 3)) == [0, 0, 0, 0]
     assert unshare((0, 1, 0, 1), (0, 1, 2, 3)) == [0, 1, 0, 1]
     assert unshare((0, 0, 1, 1), (0, 0, 1, 2)) == [0, 1, 1]
+
+
+# Parting by the gradients
+
+
+@pytest.mark.parametrize(
+    ("readings", "parts_at"),
+    [("L", None), ("LL", None), ("LLL", 2), ("LLHL", None), ("LLHLLL", 5), ("HHHHH", None)],
+)
+def test_all_layers_part_after_three_low_readings_in_a_row(readings, parts_at):
+    """L: two of three cosines below 0.5. H: one of three, which is not more than half."""
+    cosines, rows, low = {"L": (0.4, 0.9, -1.0), "H": (0.4, 0.6, 0.5)}, (0, 0, 0, 0), 0
+    for i, reading in enumerate(readings):
+        rows, low = part_layers(rows, cosines[reading], low, Untying(every=1))
+        assert rows == ((0, 1, 2, 3) if i == parts_at else (0, 0, 0, 0))
+
+
+def test_only_the_group_concerned_is_split():
+    untie = Untying(every=1, split=True)
+    assert part_layers((0, 0, 0, 0), (0.9, 0.9, 0.9), 0, untie) == ((0, 0, 0, 0), 0)
+    assert part_layers((0, 0, 0, 0), (0.9, 0.4, 0.9), 0, untie) == ((0, 0, 1, 1), 0)
+    assert part_layers((0, 0, 1, 1), (0.9, 0.1, 0.2), 0, untie) == (
+        (0, 0, 1, 2),
+        0,
+    )  # between groups nothing is left to split
+    assert part_layers((0, 0, 1, 2), (0.0, 0.9, 0.9), 0, untie) == ((0, 1, 2, 3), 0)
+
+
+def test_stages_that_watch_their_gradients():
+    (stage,) = share_then_unshare(BASE, ShareThenUnshareOptions(until="adaptive", optimizer_state="zero")).stages
+    assert stage.untie == Untying(every=2) and stage.rows == (0,) * 12 and stage.optimizer_state == "zero"
+    config = share_then_unshare(BASE, ShareThenUnshareOptions(until="split", every=7, below=0.2))
+    assert config.stages[0].untie == Untying(7, 0.2, split=True) and bank_rows(config) == 12
+    assert [step for step in range(30) if config.stages[0].untie.due(step)] == [0, 7, 14, 21, 28]
+
+
+def test_cosines_are_those_of_separate_layers_and_nothing_else_changes():
+    """Against a clone of separate equal layers, with dropout; weights, moments, rows and window are as they were."""
+    stage = Stage(steps=9, depth=4, rows=(0, 0, 1, 1), shared_gradient="mean", untie=Untying(every=1))
+    model, _ = equal_model(stage)
+    with torch.no_grad():
+        model.bank.weights[1] += 0.01
+    clone, _ = equal_model(Stage(steps=9, depth=4))
+    with torch.no_grad():
+        clone.bank.weights[2:] += 0.01
+    before = model.bank.weights.clone()
+    cosines = gradient_cosines(model, lambda: backward(model, 0))
+    backward(clone, 0)
+    grads = clone.bank.grads.double()
+    wanted = [float(a @ b / (a.norm() * b.norm())) for a, b in itertools.pairwise(grads)]
+    assert cosines == pytest.approx(wanted, rel=1e-6, abs=1e-9)
+    assert torch.equal(model.bank.weights, before) and model.rows == (0, 0, 1, 1) and model.bank.window == (0, 2)
+    assert not model.bank.grads.any() and all(p.grad is None for p in model.always_on_parameters().values())
 
 
 # Gradients
@@ -222,3 +284,35 @@ def test_a_run_unshares_and_goes_on_bitwise(shards, tmp_path, quick, options):
     start, shared, own = (state_after(straight, step)[0]["model"]["bank"] for step in (1, 8, 9))
     assert not torch.equal(start[:unit], shared[:unit]) and torch.equal(start[unit:], shared[unit:])
     assert len({row.numpy().tobytes() for row in own}) == 4
+
+
+def test_a_run_whose_layers_part_by_three_low_readings(shards, tmp_path, quick):
+    """No two gradients have a cosine of 1: every reading is low, the third after step 6 parts all layers, and nothing is read any more."""
+    options = ShareThenUnshareOptions(until="adaptive", every=2, below=1.0)
+    config = share_then_unshare(settings(shards), options)
+    straight = assert_goes_on_bitwise(config, tmp_path, (3, 4, 6, 7))
+    parted = [event for event in log_of(straight) if event["event"] == "growth"]
+    assert [(e["step"], e["operator"], e["layer_map"]) for e in parted] == [(6, "unshare", [0, 0, 0, 0])]
+    before, at, after = (state_after(straight, step)[0] for step in (5, 6, 7))
+    assert "bank.layers.1.step" not in before["optimizer"] and at["optimizer"]["bank.layers.3.step"] == 6
+    assert all(torch.equal(row, at["model"]["bank"][0]) for row in at["model"]["bank"])
+    assert len({row.numpy().tobytes() for row in after["model"]["bank"]}) == 4
+    states = [state_after(straight, step)[1]["state"] for step in (2, 4, 6, 20)]
+    assert [state["low_readings"] for state in states] == [1, 2, 0, 0] and states[-1]["rows"] == [0, 1, 2, 3]
+
+
+def test_a_run_whose_groups_split(shards, tmp_path, quick):
+    config = share_then_unshare(settings(shards), ShareThenUnshareOptions(until="split", every=3, below=0.8))
+    straight = assert_goes_on_bitwise(config, tmp_path, (3, 10))
+    parted = [event for event in log_of(straight) if event["event"] == "growth"]
+    assert parted and all(event["step"] % 3 == 0 for event in parted)
+    for event in parted:
+        low = sum(cosine < 0.8 for cosine in event["cosines"])
+        assert low >= 1
+
+
+def test_a_run_whose_gradients_agree_shares_to_the_end(shards, tmp_path, quick):
+    config = share_then_unshare(settings(shards), ShareThenUnshareOptions(until="adaptive", every=5, below=-1.0))
+    straight = assert_goes_on_bitwise(config, tmp_path, (10,))
+    assert not any(event["event"] == "growth" for event in log_of(straight))
+    assert state_after(straight, 20)[1]["state"]["rows"] == []

@@ -22,6 +22,7 @@ from stackbert_kernels import ops
 from stackbert_kernels.config import ConfigError, Stage, TrainConfig, differences, from_dict, to_dict
 from stackbert_kernels.data.batches import Batch, Batches, heldout
 from stackbert_kernels.growth.apply import grow
+from stackbert_kernels.growth.share import gradient_cosines, part_layers, parted
 from stackbert_kernels.growth.source import begin
 from stackbert_kernels.model.bert import Bert
 from stackbert_kernels.plan import Span, bank_rows, flops_per_token, plan, relative_step_cost
@@ -47,6 +48,9 @@ class State:
     """Of training and growth, waiting for batches included; evaluation, saving and preparation are not in it."""
     skipped: int = 0
     skipped_in_row: int = 0
+    rows: list[int] = field(default_factory=list)
+    """The rows that layers read since they parted inside a stage; empty = as the stage says."""
+    low_readings: int = 0
     since_log: dict[str, float] = field(
         default_factory=lambda: {"loss": 0.0, "steps": 0, "tokens": 0, "seconds": 0.0, "skipped": 0}
     )
@@ -88,11 +92,13 @@ def _execute(run: Run, progress: bool) -> dict:
         with closing(stream), closing(Metrics(run.metrics)) as metrics, _stop_signals() as stopped_by:
             log = _Log(metrics, state)
             for span in spans[_index(spans, state.step) :]:
+                span = _parted(span, state)
                 stage = window = span.stage
                 whole = replace(stage, optimizer_state="copy")  # a reset is of the moment that the stage is entered
 
                 if state.step == span.first:
                     started = time.perf_counter()
+                    state.rows, state.low_readings = [], 0
                     if span.grows:
                         growth = _grow(model, optimizer, span)
                     _use(model, optimizer, span)
@@ -116,6 +122,10 @@ def _execute(run: Run, progress: bool) -> dict:
                     )
                     tokens, seconds = sum(p.tokens for p in parts), time.perf_counter() - started
                     _count(state, span, loss, tokens, flops_per_token(config, window, gates), seconds, skipped)
+                    if span.stage.untie.due(state.step):
+                        span = _read_gradients(model, optimizer, span, parts, state, config, log)
+                        stage = window = span.stage
+                        whole = replace(stage, optimizer_state="copy")
                     console.step(state.step, span, loss, lr, tokens / seconds)
 
                     if state.step % config.log_every == 0 or state.step == span.last:
@@ -163,11 +173,22 @@ def _step(
     gates: tuple[float, ...] | None,
 ) -> tuple[float, float, bool]:
     """Loss, gradient norm, and whether the step was skipped because one of them is not finite."""
+    model.train()
+    optimizer.zero_grad()
+    total = _backward(model, parts, step, config, gates)
+    norm = optimizer.clip(config.optim.clip)
+    skipped = optimizer.step(lr, loss=total)
+    loss, norm, skipped = torch.stack([total, norm, skipped]).tolist()  # the only wait for the device in a step
+    return loss, norm, skipped > 0
+
+
+def _backward(
+    model: Bert, parts: list[Batch], step: int, config: TrainConfig, gates: tuple[float, ...] | None = None
+) -> Tensor:
+    """The loss of a step's batch, a scalar on the device; its gradients are added to those that are there."""
     predictions, sequences = max(1, sum(len(p.masked) for p in parts)), sum(p.sequences for p in parts)
     device = parts[0].input_ids.device
     total = torch.zeros((), device=device)
-    model.train()
-    optimizer.zero_grad()
     for i, part in enumerate(parts):
         rng = ops.new_rng(config.seed, step * config.optim.accumulate + i, device=device)
         with _precision(config, device):
@@ -178,10 +199,7 @@ def _step(
             loss = loss + output.pair_loss * (part.sequences / sequences)
         loss.backward()
         total += loss.detach()
-    norm = optimizer.clip(config.optim.clip)
-    skipped = optimizer.step(lr, loss=total)
-    loss, norm, skipped = torch.stack([total, norm, skipped]).tolist()  # the only wait for the device in a step
-    return loss, norm, skipped > 0
+    return total
 
 
 def _precision(config: TrainConfig, device: torch.device):
@@ -269,6 +287,37 @@ def _set_window(model: Bert, optimizer: Optimizer, stage: Stage) -> None:
     optimizer.set_window(stage)
 
 
+def _read_gradients(
+    model: Bert, optimizer: Optimizer, span: Span, parts: list[Batch], state: State, config: TrainConfig, log: _Log
+) -> Span:
+    """Looks at each layer's own gradient on the batch of the step that was done; layers that share weights part if these say so.
+
+    Returns the span as it is from here on. The reading is paid for like a step.
+    """
+    started, device = time.perf_counter(), model.word.device
+    parts = [p.to(device) for p in parts]
+    cosines = gradient_cosines(model, lambda: _backward(model, parts, state.step - 1, config))
+    state.flops += flops_per_token(config, span.stage) * sum(p.tokens for p in parts)
+    before = model.rows
+    rows, state.low_readings = part_layers(before, cosines, state.low_readings, span.stage.untie)
+    if rows != before:
+        state.rows = list(rows)
+        span = _parted(span, state)
+        copied = grow(model, optimizer, span.stage, seed=config.seed)
+        _use(model, optimizer, span)
+    state.seconds += time.perf_counter() - started
+    if rows != before:
+        log(span, "growth", operator=span.stage.grow, from_depth=model.depth, layer_map=copied, cosines=cosines)
+    return span
+
+
+def _parted(span: Span, state: State) -> Span:
+    """`span` as it is since layers that shared rows parted inside it."""
+    if not state.rows or state.step == span.first:
+        return span
+    return replace(span, stage=parted(span.stage, tuple(state.rows)))
+
+
 def _save(run: Run, model: Bert, optimizer: Optimizer, state: State) -> Path:
     tensors = {
         "model": {"bank": model.bank.weights, **model.always_on_parameters()},
@@ -300,7 +349,7 @@ def _restore(run: Run, model: Bert, optimizer: Optimizer, console: Console) -> S
     if state.step:
         # A checkpoint at the end of a stage still has that stage's depth and window; the loop then enters the next one.
         spans = plan(run.config)
-        _use(model, optimizer, spans[_index(spans, state.step - 1)])
+        _use(model, optimizer, _parted(spans[_index(spans, state.step - 1)], state))
     with torch.no_grad():
         parameters = {"bank": model.bank.weights, **model.always_on_parameters()}
         for name, tensor in _matching(tensors["model"], parameters, path).items():
