@@ -12,7 +12,7 @@ The flow, which is also the reading order:
 
 For models that are not ours: `patch` puts the ops into modules that exist, `nn` has them as modules, `hf` plugs into transformers.
 
-`data` feeds `train`, which executes the plan; `cli` is the `stackbert` command.
+`data` feeds `train`, which executes the plan; `sweep` runs several plans, `compare` says what each cost; `cli` is the `stackbert` command.
 
 The names below are loaded when they are first used: importing the package, or its config, loads neither torch nor anything of ours.
 """
