@@ -264,6 +264,7 @@ def test_a_wheel_with_cuda(sources, tmp_path):
     settings = {"STACKBERT_FORCE_CUDA_BUILD": "1", "STACKBERT_CUDA_ARCHS": "80-real;90a-real"}
     built, printed = wheel(sources, tmp_path / "wheels", **settings)
     assert "built for CUDA 80-real;90a-real" in printed
+    assert built.stat().st_size < 50 << 20
     environment = tmp_path / "environment"
     assert ask_in_clean_environment(built, environment, ASK) == f"0.1.0 {_C.isa()} None 80-real 90a-real"
     (module,) = environment.rglob("_C*.so")

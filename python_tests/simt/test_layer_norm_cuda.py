@@ -12,7 +12,7 @@ from stackbert_kernels.ops.layer_norm import native, reference
 
 EPS = 1e-12
 # Columns choose the kernel: 16-byte rows of one warp (768, 1024) and of several, odd ones, and rows that fill no vector.
-SHAPES = [(5, 768), (3, 1024), (2, 1544), (3, 37), (9, 8), (2, 1033), (1, 8192)]
+SHAPES = [(5, 768), (3, 1024), (2, 1544), (3, 37), (9, 8), (2, 1033), (1, 8191), (1, 8192)]
 
 
 def problem(rows, columns, dtype, seed=0):

@@ -52,6 +52,7 @@ MUTANTS = [
            "test_layer_norm_cuda.py"),
     Mutant(LAYER_NORM, "a guard off by a vector", "if (tensor && R::column(v) < columns)", "if (tensor && R::column(v) <= columns)",
            "test_layer_norm_cuda.py"),
+    Mutant(LAYER_NORM, "the longest rows of single elements cut off", "Row<T, 1, 22, 12>", "Row<T, 1, 21, 12>", "test_layer_norm_cuda.py"),
     Mutant(LAYER_NORM, "padding in the variance", "if (R::column(v) < a.sum.columns)\n#pragma unroll", "#pragma unroll",
            "test_layer_norm_cuda.py"),
     Mutant(LAYER_NORM, "a gradient without the mask", "kept >> e & 1 ? dz[i] * kept_scale : 0.f", "dz[i] * kept_scale",
