@@ -25,6 +25,7 @@ GROWTH_OPERATORS = ("copy_top", "stack", "interleave", "random", "identity")
 UNSHARE = "unshare"
 """What Stage.grow says where layers that read one row of the bank get rows of their own (growth/share.py)."""
 SHARED_GRADIENTS = ("sum", "mean")
+RETIES = ("decoder", "mean")
 FROM_SOURCE = ("fpi", "aki")
 """The names of growth/width.py's ways to begin with a smaller model's weights."""
 WIDTH_MAPS = ("tile", "random")
@@ -262,6 +263,8 @@ class Stage:
     embeddings: str = "train"
     """Word, position and type embeddings in this stage: train (in and out), freeze, output_grad (the tied word embedding learns from
     the decoder alone), untie (the decoder learns on a private copy), full (gradient through the frozen layers too)."""
+    retie: str = "decoder"
+    """What the word embedding becomes where this stage ends an untied one: the decoder's private copy, or the mean of the two."""
     optimizer_state: str = "copy"
     """Moments of new layers: copy (by the growth map), zero, or reset (all moments of all parameters)."""
     lr_policy: str = "global"
@@ -293,6 +296,7 @@ class Stage:
         _one_of("embeddings", self.embeddings, EMBEDDING_POLICIES)
         _one_of("optimizer_state", self.optimizer_state, OPTIMIZER_STATES)
         _one_of("lr_policy", self.lr_policy, LR_POLICIES)
+        _one_of("retie", self.retie, RETIES)
         _one_of("shared_gradient", self.shared_gradient, SHARED_GRADIENTS)
         _check_rows(self)
         _check_untying(self)

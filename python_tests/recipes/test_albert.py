@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 from model.samples import TINY, batch, tiny
-from train.runs import assert_goes_on_bitwise, settings, trained
+from train.runs import assert_goes_on_bitwise, settings
 
 from stackbert_kernels.config import ConfigError, DataConfig, ModelConfig, Stage, TrainConfig
 from stackbert_kernels.data.batches import Batches
@@ -156,13 +156,3 @@ def toy(shards, **options):
 @pytest.mark.parametrize("options", [{}, {"share": "attention", "groups": 2, "sop": False}], ids=["all", "attention"])
 def test_a_run_goes_on_bitwise(shards, tmp_path, quick, options):
     assert_goes_on_bitwise(toy(shards, **options), tmp_path, (7, 19))
-
-
-def test_a_run_ends_as_an_albert(shards, tmp_path):
-    transformers = pytest.importorskip("transformers")
-    config = replace(toy(shards), steps=6, checkpoint_every=6, eval_every=6, stages=())
-    config = albert(config, AlbertOptions(embedding=8))
-    assert trained(config, tmp_path / "run")["status"] == "finished"
-    fill = transformers.pipeline("fill-mask", model=str(tmp_path / "run" / "model"), device="cpu")
-    assert type(fill.model) is transformers.AlbertForMaskedLM and fill.model.config.num_hidden_groups == 1
-    assert fill("ban bar [MASK] bat don.")

@@ -5,10 +5,13 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
+import torch
+from train.runs import assert_goes_on_bitwise, settings, state_after, trained
 
 from stackbert_kernels.config import ConfigError, ModelConfig, Stage, TrainConfig
 from stackbert_kernels.plan import plan
 from stackbert_kernels.recipes import RECIPES, MsltOptions, baseline, mslt
+from stackbert_kernels.train import loop
 
 BASE = TrainConfig(steps=1000)
 
@@ -71,6 +74,27 @@ def test_without_joint_training_the_last_growth_stage_ends_the_run():
     assert windows(mslt(BASE, MsltOptions(joint=0.0))) == [(3, 0), (6, 3), (9, 6), (12, 9)]
 
 
+@pytest.mark.parametrize("retie", ["decoder", "mean"])
+def test_the_embedding_is_tied_again_for_joint_training(shards, tmp_path, quick, retie):
+    config = mslt(settings(shards), MsltOptions(stages=2, joint=0.2, embeddings="untie", retie=retie))
+    assert [stage.retie for stage in config.stages] == ["decoder", "decoder", retie]
+    entered, use = {}, loop._use
+
+    def remember(model, optimizer, span):
+        use(model, optimizer, span)
+        entered[span.first] = model.word.detach().clone(), model.mlm.decoder
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop, "_use", remember)
+        trained(config, tmp_path / "seen")
+    before = state_after(tmp_path / "seen", 16)[0]["model"]
+    word, decoder = before["word"], before["mlm.decoder"]
+    assert not torch.equal(word, decoder) and entered[16][1] is None
+    assert torch.equal(entered[16][0], decoder if retie == "decoder" else (word + decoder) / 2)
+    if retie == "mean":
+        assert_goes_on_bitwise(config, tmp_path, (16, 17))
+
+
 def test_baseline_drops_the_stages_of_its_base():
     config = baseline(mslt(BASE))
     assert config.stages == (Stage(steps=1000, depth=12, name="all layers"),) and config.recipe == "baseline"
@@ -92,6 +116,8 @@ REFUSED = [
     ),
     (MsltOptions, {"lr_policy": "cosine"}, "mslt: lr_policy must be one of global, restart, got 'cosine'"),
     (MsltOptions, {"optimizer_state": "keep"}, "mslt: optimizer_state must be one of copy, zero, reset, got 'keep'"),
+    (MsltOptions, {"embeddings": "untie", "retie": "sum"}, "mslt: retie must be one of decoder, mean, got 'sum'"),
+    (MsltOptions, {"retie": "mean"}, "mslt: retie needs embeddings untie, got embeddings 'freeze'"),
     (MsltOptions, {"rewarm": -1}, "mslt: rewarm must be >= 0, got -1"),
     (MsltOptions, {"stage_weights": (1.0,)}, "mslt: stage_weights must have 4 numbers, one a stage, got 1"),
     (MsltOptions, {"stage_weights": (1.0, 0.0, 1.0, 1.0)}, "mslt: stage_weights must be > 0, got (1.0, 0.0, 1.0, 1.0)"),

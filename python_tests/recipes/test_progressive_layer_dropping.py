@@ -224,15 +224,6 @@ def test_keeping_all_layers_is_the_baseline_bit_for_bit(shards, tmp_path, quick)
     assert_same_state(left, right)
 
 
-def test_a_run_ends_as_a_pre_norm_model(shards, tmp_path):
-    transformers = pytest.importorskip("transformers")
-    config = toy(shards, steps=6, checkpoint_every=6, eval_every=6)
-    assert trained(config, tmp_path / "run")["status"] == "finished"
-    fill = transformers.pipeline("fill-mask", model=str(tmp_path / "run" / "model"), device="cpu")
-    assert type(fill.model) is transformers.RobertaPreLayerNormForMaskedLM
-    assert fill("ban bar [MASK] bat don.")
-
-
 def test_scaled_init():
     plain, scaled = tiny(norm="pre"), tiny(norm="pre", scaled_init=True)
     ends = {"out_weight", "outer_weight"}

@@ -132,13 +132,15 @@ class Bert(nn.Module):
         frozen_dropout: bool = True,
         rows: tuple[int, ...] = (),
         ffn_rows: tuple[int, ...] = (),
+        retie: str = "decoder",
     ) -> None:
         """Sets a stage: layers [0, depth) run, [train_from, depth) and the heads learn, the embeddings by policy (config.Stage).
 
         Layer i reads row rows[i] of the bank, its feed-forward half ffn_rows[i]; by default its own, and the same.
 
         Without frozen_dropout nothing below train_from has dropout, the embeddings' included.
-        Leaving "untie", the word embedding takes the values that the decoder's private copy has learned.
+        Leaving "untie", the word embedding takes the values that the decoder's private copy has learned, or with retie "mean" the mean
+        of these and its own.
         Gradients of layers start at zero.
         """
         layers = self.config.layers
@@ -177,7 +179,7 @@ class Bert(nn.Module):
                 self.mlm.decoder = nn.Parameter(self.word.detach().clone())
         elif self.mlm.decoder is not None:
             with torch.no_grad():
-                self.word.copy_(self.mlm.decoder)
+                self.word.copy_(self.mlm.decoder if retie == "decoder" else (self.word + self.mlm.decoder) / 2)
             self.mlm.decoder = None
         for parameter in self.always_on_parameters().values():
             if not parameter.requires_grad:

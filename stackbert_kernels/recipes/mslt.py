@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 
 from stackbert_kernels.config import (
     OPTIMIZER_STATES,
+    RETIES,
     ConfigError,
     Stage,
     TrainConfig,
@@ -33,6 +34,8 @@ class MsltOptions:
     """Embeddings from the second growth stage on: freeze, output_grad (the tied word embedding learns from the decoder alone, which
     changes the input of the frozen layers), untie (the decoder learns on a private copy until the joint stage), or full (gradient
     through the frozen layers: no saving, for comparison only)."""
+    retie: str = "decoder"
+    """With embeddings untie, what the word embedding becomes in the joint stage: the decoder's copy, or the mean of the two."""
     lr_policy: str = "global"
     """global: one warm-up and decay over the run; restart: each stage has its own."""
     rewarm: int | None = None
@@ -55,9 +58,12 @@ class MsltOptions:
             ("embeddings", POLICIES),
             ("lr_policy", LR_POLICIES),
             ("optimizer_state", OPTIMIZER_STATES),
+            ("retie", RETIES),
         ):
             if getattr(self, name) not in choices:
                 raise ConfigError(f"mslt: {name} must be one of {', '.join(choices)}, got {getattr(self, name)!r}")
+        if self.retie != "decoder" and self.embeddings != "untie":
+            raise ConfigError(f"mslt: retie needs embeddings untie, got embeddings {self.embeddings!r}")
         if self.rewarm is not None and self.rewarm < 0:
             raise ConfigError(f"mslt: rewarm must be >= 0, got {self.rewarm}")
         if self.stage_weights and len(self.stage_weights) != self.stages:
@@ -105,7 +111,13 @@ def mslt(base: TrainConfig, options: MsltOptions = MsltOptions()) -> TrainConfig
     if joint_steps:
         stages.append(
             _stage(
-                options, "joint", joint_steps, depth=layers, train_from=0, rewarm=rewarm(joint_steps, options.rewarm)
+                options,
+                "joint",
+                joint_steps,
+                depth=layers,
+                train_from=0,
+                retie=options.retie,
+                rewarm=rewarm(joint_steps, options.rewarm),
             )
         )
     return replace(base, stages=tuple(stages), recipe="mslt")

@@ -283,7 +283,9 @@ def _use(model: Bert, optimizer: Optimizer, span: Span) -> None:
 
 
 def _set_window(model: Bert, optimizer: Optimizer, stage: Stage) -> None:
-    model.use(stage.depth, stage.train_from, stage.embeddings, stage.frozen_dropout, stage.rows, stage.ffn_rows)
+    model.use(
+        stage.depth, stage.train_from, stage.embeddings, stage.frozen_dropout, stage.rows, stage.ffn_rows, stage.retie
+    )
     optimizer.set_window(stage)
 
 
