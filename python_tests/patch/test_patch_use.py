@@ -294,6 +294,13 @@ def test_masked_lm_logits_of_a_training_call_are_there_when_read():
     assert model.train()(**nothing).loss.isnan() and patched.train()(**nothing).loss.isnan()
 
 
+def test_the_package_is_the_function():
+    from stackbert_kernels.patch import patch
+
+    assert callable(sbk.patch) and inspect.signature(sbk.patch) == inspect.signature(patch)
+    assert sbk.patch.patch is patch and sbk.unpatch is sbk.patch.unpatch
+
+
 def test_a_swapped_class_is_made_once_and_kept_apart():
     a, b = samples.model("BertModel"), samples.model("RobertaModel")
     for made in (a, b):

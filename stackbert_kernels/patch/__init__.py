@@ -13,6 +13,7 @@
 
 from __future__ import annotations
 
+import inspect
 import sys
 import types
 from collections.abc import Iterator
@@ -107,5 +108,6 @@ class _Callable(types.ModuleType):
 
 
 sys.modules[__name__].__class__ = _Callable
+__signature__ = inspect.signature(patch)  # what help and editors show of `sbk.patch`
 
 __all__ = ["PatchReport", "Row", "patch", "patched", "unpatch"]
