@@ -17,7 +17,7 @@ import stackbert_kernels
 from stackbert_kernels import sweep as sweeps
 from stackbert_kernels.cli import _parse, main
 from stackbert_kernels.config import ConfigError, DataConfig, ModelConfig, OptimConfig, TrainConfig
-from stackbert_kernels.recipes import RECIPES, MsltOptions
+from stackbert_kernels.recipes import RECIPES, AlbertOptions, MsltOptions
 from stackbert_kernels.sweep import Sweep
 from stackbert_kernels.train import loop
 from stackbert_kernels.train.budget import timing_of
@@ -274,6 +274,17 @@ def test_a_method_with_an_evaluation_of_its_own_is_refused(folder, monkeypatch):
         ConfigError, match=r"easier would be evaluated in another way than baseline: mask_rate 0.05 and 0.15"
     ):
         sweeps.checked(sweep)
+
+
+def test_sentence_order_is_evaluated_on_other_text(folder):
+    """Held-out text of a pair objective is pairs: ALBERT is compared without sentence order, or with runs that have it too."""
+    sweep = replace(sweep_of(folder), methods=("baseline", "albert"), directory=folder / "sweep")
+    with pytest.raises(
+        ConfigError, match=r"albert would be evaluated in another way than baseline: objective mlm\+sop and mlm"
+    ):
+        sweeps.checked(sweep)
+    sweeps.checked(replace(sweep, options={"albert": AlbertOptions(sop=False)}))
+    sweeps.checked(replace(sweep, base=replace(sweep.base, model=replace(sweep.base.model, objective="mlm+sop"))))
 
 
 METHODS = ("baseline", "mslt", "stacking", "incremental")

@@ -24,7 +24,7 @@ PLATEAU_MARGIN = 0.1
 """Nats below the unigram loss from which a baseline has learned to use context."""
 NOT_OF_THE_METHOD = ("seed", "data.text", "data.vocab", *MAY_CHANGE_ON_RESUME)
 UNREMARKABLE = ("recipe", "steps", "eval_every", "optim.warmup", *NOT_OF_THE_METHOD)
-DECIDES_EVALUATION = ("data.seq_len", "data.mask_rate", "data.whole_word", "data.eval_tokens")
+DECIDES_EVALUATION = ("model.objective", "data.seq_len", "data.mask_rate", "data.whole_word", "data.eval_tokens")
 
 
 @dataclass(frozen=True)
