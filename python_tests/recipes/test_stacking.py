@@ -8,7 +8,7 @@ import pytest
 import torch
 from train.runs import assert_goes_on_bitwise, log_of, settings, state_after, trained
 
-from stackbert_kernels.config import ConfigError, ModelConfig, OptimConfig, TrainConfig
+from stackbert_kernels.config import ConfigError, ModelConfig, OptimConfig, Stage, TrainConfig
 from stackbert_kernels.data.batches import heldout
 from stackbert_kernels.plan import plan, relative_step_cost, span_at
 from stackbert_kernels.recipes import StackingOptions, stacking
@@ -65,6 +65,12 @@ def test_the_published_rates():
     assert (
         longer[-1].lr(120_000 + 400_000) < 3e-4
     )  # the curve is stretched to the stage, as every share of the steps is
+
+
+def test_a_curve_that_ends_before_its_stage_stays_there():
+    stage = Stage(steps=9, depth=12, lr_policy="curve", lr_curve=((0, 0.0), (2, 1.0), (4, 0.5)))
+    (span,) = plan(replace(base(steps=9, lr=1.0), stages=(stage,)))
+    assert [span.lr(step) for step in range(9)] == [0.0, 0.5, 1.0, 0.75, 0.5, 0.5, 0.5, 0.5, 0.5]
 
 
 def test_global_rate_does_not_see_the_stages():
