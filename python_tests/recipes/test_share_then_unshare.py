@@ -301,8 +301,10 @@ def test_a_run_whose_layers_part_by_three_low_readings(shards, tmp_path, quick):
     assert [state["low_readings"] for state in states] == [1, 2, 0, 0] and states[-1]["rows"] == [0, 1, 2, 3]
 
 
-def test_a_run_whose_groups_split(shards, tmp_path, quick):
-    config = share_then_unshare(settings(shards), ShareThenUnshareOptions(until="split", every=3, below=0.8))
+@pytest.mark.parametrize("state", ["copy", "reset"])
+def test_a_run_whose_groups_split(shards, tmp_path, quick, state):
+    options = ShareThenUnshareOptions(until="split", every=3, below=0.8, optimizer_state=state)
+    config = share_then_unshare(settings(shards), options)
     straight = assert_goes_on_bitwise(config, tmp_path, (3, 10))
     parted = [event for event in log_of(straight) if event["event"] == "growth"]
     assert parted and all(event["step"] % 3 == 0 for event in parted)
