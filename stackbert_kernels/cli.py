@@ -39,6 +39,7 @@ from stackbert_kernels.recipes import (
     Bert2bertOptions,
     IncrementalOptions,
     MsltOptions,
+    MultiLevelOptions,
     ProgressiveLayerDroppingOptions,
     ShareThenUnshareOptions,
     StackingOptions,
@@ -83,7 +84,7 @@ class Pretrain(TrainConfig):
     """The training method: baseline (all layers from the start), mslt (multi-stage layerwise training), stacking (a shallow encoder copied
     on top of itself), incremental (new layers alone, then all), share_then_unshare (layers share weights at first), albert (they
     share them throughout), progressive_layer_dropping (steps leave out layers at random),
-    bert2bert (from a smaller model, --source)."""
+    bert2bert (from a smaller model, --source), multi_level (down to a smaller model and back)."""
     dry_run: Flag = False
     """Print stages and predicted cost, then stop."""
     fresh: Flag = False
@@ -100,6 +101,7 @@ class Pretrain(TrainConfig):
     albert: AlbertOptions = field(default_factory=AlbertOptions)
     progressive_layer_dropping: ProgressiveLayerDroppingOptions = field(default_factory=ProgressiveLayerDroppingOptions)
     bert2bert: Bert2bertOptions = field(default_factory=Bert2bertOptions)
+    multi_level: MultiLevelOptions = field(default_factory=MultiLevelOptions)
 
     def __post_init__(self):
         """Checked by `config`: the recipe may make the stages that these settings need."""

@@ -10,7 +10,7 @@ import itertools
 import math
 import types
 import typing
-from dataclasses import dataclass, field, fields, is_dataclass
+from dataclasses import dataclass, field, fields, is_dataclass, replace
 
 ACTIVATIONS = ("gelu", "gelu_tanh")
 NORMS = ("post", "pre")
@@ -29,6 +29,9 @@ RETIES = ("decoder", "mean")
 FROM_SOURCE = ("fpi", "aki")
 """The names of growth/width.py's ways to begin with a smaller model's weights."""
 WIDTH_MAPS = ("tile", "random")
+RESHAPES = ("coalesce", "decoalesce")
+"""What Stage.grow says where all axes of the model change at once (growth/multi_level.py)."""
+LAYER_GROUPS = ("adjacent", "apart")
 MAY_CHANGE_ON_RESUME = ("checkpoint_every", "keep", "log_every")
 """Settings that do not change any computed number."""
 
@@ -286,6 +289,16 @@ class Stage:
     trains the topmost `submodel` of these."""
     untie: Untying = Untying()
     """When shared layers part of themselves."""
+    hidden: int = 0
+    """Width of the encoder in this stage, with heads and inner; 0 = the run's, of all three."""
+    heads: int = 0
+    """Attention heads in this stage."""
+    inner: int = 0
+    """Width of the feed-forward layer in this stage."""
+    layer_groups: str = "adjacent"
+    """Which layers grow="coalesce" makes one of, and "decoalesce" copies one to: adjacent ones, or those as far apart as possible."""
+    alpha: float = 0.5
+    """Share of the de-coalesced weights in grow="decoalesce"; the rest are the weights from before they were coalesced."""
     name: str = ""
 
     def __post_init__(self):
@@ -306,6 +319,10 @@ class Stage:
             f"layers are left out only where all learn: train_from must be 0 with drop, got {self.train_from}",
         )
         _one_of("width_map", self.width_map, WIDTH_MAPS)
+        _one_of("layer_groups", self.layer_groups, LAYER_GROUPS)
+        _require(0 <= self.alpha <= 1, f"alpha must be in [0, 1], got {self.alpha}")
+        shape = (self.hidden, self.heads, self.inner)
+        _require(min(shape) > 0 or max(shape) == 0, f"hidden, heads and inner go together in a stage, got {shape}")
         _check_submodel(self)
         _check_curve(self)
         _require(
@@ -397,6 +414,7 @@ class TrainConfig:
         if not self.stages:
             object.__setattr__(self, "stages", (Stage(steps=self.steps, depth=self.model.layers, name="all layers"),))
         _check_stages(self.stages, self.model.layers, self.steps)
+        _check_levels(self.stages, self.model)
         _require(
             self.model.norm == "pre" or all(stage.drop.keep == 1 for stage in self.stages),
             f"layers can be left out of a pre-norm encoder: norm must be 'pre' with drop, got {self.model.norm!r}",
@@ -497,6 +515,9 @@ def _check_stages(stages: tuple[Stage, ...], layers: int, steps: int) -> None:
     )
     for i, stage in enumerate(stages):
         before, where = stages[max(0, i - 1)], f"stages[{i}]: "
+        if stage.grow in RESHAPES:
+            depth = stage.depth
+            continue
         _require(stage.depth >= depth, f"{where}depth {depth} -> {stage.depth} would drop layers")
         if stage.depth > depth:
             _require(
@@ -518,6 +539,54 @@ def _check_stages(stages: tuple[Stage, ...], layers: int, steps: int) -> None:
     )
     total = sum(stage.steps for stage in stages)
     _require(total == steps, f"stages: their steps must sum to {steps}, got {total}")
+
+
+def stage_model(model: ModelConfig, stage: Stage) -> ModelConfig:
+    """The run's `model` in the shape that it has in `stage`."""
+    if stage.hidden == 0:
+        return model
+    return replace(model, layers=stage.depth, hidden=stage.hidden, heads=stage.heads, inner=stage.inner)
+
+
+def _check_levels(stages: tuple[Stage, ...], model: ModelConfig) -> None:
+    """Whether each coalescing makes a smaller model that fits, and each de-coalescing leads back to the one before it."""
+    larger: list[ModelConfig] = []
+    before = stages[0]
+    _require(before.hidden == 0, f"stages[0]: the run begins with its own width, got hidden {before.hidden}")
+    for i, stage in enumerate(stages):
+        old, new, where = stage_model(model, before), stage_model(model, stage), f"stages[{i}]: "
+        if stage.grow not in RESHAPES:
+            _require(
+                old == new, f"{where}the width changes by grow={' or '.join(map(repr, RESHAPES))}, got {stage.grow!r}"
+            )
+            before = stage
+            continue
+        whole = not before.rows and before.embeddings == "train" and before.depth == old.layers and not model.embedding
+        _require(
+            whole and stage.optimizer_state != "zero",
+            f"{where}{stage.grow} is of whole models whose embeddings learn, without shared layers, factorised embedding or "
+            "optimizer_state 'zero'",
+        )
+        if stage.grow == "coalesce":
+            check_coalescing(old, new, where=where)
+            larger.append(old)
+        else:
+            wanted = larger.pop() if larger else None
+            _require(wanted == new, f"{where}decoalesce must lead back to the model that was coalesced last")
+        before = stage
+    _require(not larger and before.hidden == 0, "stages: what was coalesced must be de-coalesced before the run ends")
+
+
+def check_coalescing(large: ModelConfig, small: ModelConfig, *, where: str = "") -> None:
+    """Whether groups of indices of `large` make up `small`; ConfigError if not."""
+    for name in ("layers", "heads", "hidden", "inner"):
+        old, new = getattr(large, name), getattr(small, name)
+        _require(old % new == 0, f"{where}{name} must be a multiple of the smaller model's, got {old} -> {new}")
+    _require(
+        large.head_dim == small.head_dim,
+        f"{where}heads are grouped whole, so both models must have the same head dim (hidden / heads), "
+        f"got {large.head_dim} -> {small.head_dim}",
+    )
 
 
 def check_growth(operator: str, old: int, new: int, *, where: str = "") -> None:

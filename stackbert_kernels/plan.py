@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
-from stackbert_kernels.config import ConfigError, DataConfig, LayerDrop, ModelConfig, Stage, TrainConfig
+from stackbert_kernels.config import ConfigError, DataConfig, LayerDrop, ModelConfig, Stage, TrainConfig, stage_model
 
 WARMUP_SHARE = 0.02
 """Of all steps, where OptimConfig.warmup is 0."""
@@ -181,9 +181,12 @@ def layer_flops(config: TrainConfig) -> float:
 
 def relative_step_cost(config: TrainConfig, stage: Stage, *, backward: float = BACKWARD) -> float:
     """A step of `stage` over a step of the whole model, by `step_cost` with the head; the mean over its submodels."""
-    head = head_cost(config.model, config.data)
+    model, data = stage_model(config.model, stage), config.data
+    head = head_cost(model, data)
     costs = [step_cost(sum(expected_layers(s)), s.train_from, head=head, backward=backward) for s in submodels(stage)]
-    return sum(costs) / len(costs) / step_cost(config.model.layers, 0, head=head, backward=backward)
+    layer = _layer_flops(model.hidden, model.inner, data.seq_len) / layer_flops(config)  # in layers of the whole model
+    whole = step_cost(config.model.layers, 0, head=head_cost(config.model, data), backward=backward)
+    return layer * sum(costs) / len(costs) / whole
 
 
 # --- cost in floating-point operations of the matrix products ---
@@ -203,7 +206,7 @@ def flops_per_token(config: TrainConfig, stage: Stage, gates: Sequence[float] | 
     if stage.submodel:
         windows = submodels(stage)
         return sum(flops_per_token(config, window) for window in windows) / len(windows)
-    model, data = config.model, config.data
+    model, data = stage_model(config.model, stage), config.data
     C, E, I = model.hidden, model.embedding_width, model.inner  # noqa: E741
     rows = data.mask_rate + (
         0.0 if model.objective == "mlm" else 1.0 / data.seq_len
@@ -244,7 +247,7 @@ def baseline_stage(config: TrainConfig) -> Stage:
 
 def trainable_parameters(config: TrainConfig, stage: Stage) -> int:
     """How many parameters a step of `stage` updates; 4 bytes of each are what data-parallel training would reduce."""
-    model = config.model
+    model = stage_model(config.model, stage)
     C, V = model.hidden, vocab_size(model, config.data)
     learning = slice(stage.depth - stage.submodel if stage.submodel else stage.train_from, stage.depth)
     count = len(set(stage.attention_rows[learning])) * attention_parameters(model)

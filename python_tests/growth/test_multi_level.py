@@ -34,11 +34,11 @@ def matrix(axis) -> torch.Tensor:
 
 
 def test_groups():
-    assert grouped(6, 3, "heads").sources == ((0, 3), (1, 4), (2, 5))
-    assert grouped(6, 3, "layers", adjacent=True).sources == ((0, 1), (2, 3), (4, 5))
-    assert grouped(6, 2, "heads").sources == ((0, 2, 4), (1, 3, 5))
-    assert grouped(6, 3, "heads").inverse().sources == ((0,), (1,), (2,), (0,), (1,), (2,))
-    assert grouped(6, 3, "layers", adjacent=True).inverse().sources == ((0,), (0,), (1,), (1,), (2,), (2,))
+    assert grouped(6, 3).sources == ((0, 3), (1, 4), (2, 5))
+    assert grouped(6, 3, adjacent=True).sources == ((0, 1), (2, 3), (4, 5))
+    assert grouped(6, 2).sources == ((0, 2, 4), (1, 3, 5))
+    assert grouped(6, 3).inverse().sources == ((0,), (1,), (2,), (0,), (1,), (2,))
+    assert grouped(6, 3, adjacent=True).inverse().sources == ((0,), (0,), (1,), (1,), (2,), (2,))
 
 
 def test_heads_are_whole():
@@ -51,7 +51,7 @@ def test_heads_are_whole():
 def test_there_and_back_is_the_identity(groups):
     """F T = 1, R G = 1; as inputs too."""
     for adjacent in (False, True):
-        axis = grouped(12, 12 // groups, "x", adjacent=adjacent)
+        axis = grouped(12, 12 // groups, adjacent=adjacent)
         eye = torch.eye(axis.new, dtype=torch.float64)
         assert_near(matrix(axis) @ matrix(axis.inverse()), eye)
         assert_near(axis.apply(axis.inverse().apply(eye, 0, "in"), 0, "in"), eye)
@@ -180,8 +180,8 @@ def test_interpolation_restores_the_rank():
     [
         ({"layers": 3}, "multi_level: layers must be a multiple of the smaller model's, got 4 -> 3"),
         ({"inner": 30}, "multi_level: inner must be a multiple of the smaller model's, got 48 -> 30"),
-        ({"hidden": 24, "heads": 3}, "multi_level: hidden must be a multiple of the smaller model's, got 32 -> 24"),
-        ({"hidden": 16}, "multi_level: heads are grouped whole, so every level must have the same head dim (hidden / heads), got 8 and 4"),
+        ({"hidden": 24, "heads": 3}, "multi_level: heads must be a multiple of the smaller model's, got 4 -> 3"),
+        ({"hidden": 16}, "multi_level: heads are grouped whole, so both models must have the same head dim (hidden / heads), got 8 -> 4"),
     ],
 )  # fmt: skip
 def test_refuses_shapes(changes, message):

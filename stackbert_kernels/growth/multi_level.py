@@ -13,16 +13,16 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from stackbert_kernels.config import ConfigError, ModelConfig
-from stackbert_kernels.growth.axes import AxisMap, ShapeMap
+from stackbert_kernels.config import LAYER_GROUPS, ConfigError, ModelConfig, Stage, check_coalescing
+from stackbert_kernels.growth.axes import AxisMap, ShapeMap, load, mapped_state, reshaped
+from stackbert_kernels.model.bert import Bert
 
-LAYER_GROUPS = ("adjacent", "apart")
+Kept = list[dict[str, Tensor]]
+"""The weights of each larger model, by name, from before it was coalesced; the last one is the next to come back."""
 
 
-def grouped(old: int, new: int, what: str, *, adjacent: bool = False) -> AxisMap:
+def grouped(old: int, new: int, *, adjacent: bool = False) -> AxisMap:
     """6, 3: [(0, 3), (1, 4), (2, 5)]; adjacent: [(0, 1), (2, 3), (4, 5)]."""
-    if new < 1 or old % new:
-        raise ConfigError(f"multi_level: {what} must be a multiple of the smaller model's, got {old} -> {new}")
     size = old // new
     if adjacent:
         return AxisMap(tuple(tuple(range(i * size, (i + 1) * size)) for i in range(new)), old)
@@ -37,16 +37,12 @@ def coalescing(large: ModelConfig, small: ModelConfig, *, layers: str = "adjacen
     """
     if layers not in LAYER_GROUPS:
         raise ConfigError(f"multi_level: layers must be grouped {' or '.join(LAYER_GROUPS)}, got {layers!r}")
-    if large.head_dim != small.head_dim:
-        raise ConfigError(
-            f"multi_level: heads are grouped whole, so every level must have the same head dim (hidden / heads), "
-            f"got {large.head_dim} and {small.head_dim}"
-        )
+    check_coalescing(large, small, where="multi_level: ")
     return ShapeMap(
-        residual=grouped(large.hidden, small.hidden, "hidden"),
-        heads=grouped(large.heads, small.heads, "heads"),
-        inner=grouped(large.inner, small.inner, "inner"),
-        layers=grouped(large.layers, small.layers, "layers", adjacent=layers == "adjacent"),
+        residual=grouped(large.hidden, small.hidden),
+        heads=grouped(large.heads, small.heads),
+        inner=grouped(large.inner, small.inner),
+        layers=grouped(large.layers, small.layers, adjacent=layers == "adjacent"),
         head_dim=large.head_dim,
         tied="embeddings",
     )
@@ -60,3 +56,21 @@ def interpolated(before: Mapping[str, Tensor], after: Mapping[str, Tensor], alph
     if before.keys() != after.keys():
         raise ConfigError("multi_level: both models must have the same parameters")
     return {name: torch.lerp(before[name], after[name], alpha) for name in before}
+
+
+def reshape(
+    model: Bert, moments: Mapping[str, Tensor], stage: Stage, shape: ModelConfig, kept: Kept
+) -> tuple[Bert, dict[str, Tensor]]:
+    """The model of `shape` that stage.grow makes of `model`, and the optimizer's state_dict for it, mapped by the same maps.
+
+    coalesce puts the model's weights into `kept`; decoalesce takes the last ones from there and keeps stage.alpha of its own.
+    """
+    if stage.grow == "coalesce":
+        kept.append({name: parameter.detach().cpu().clone() for name, parameter in model.named_parameters()})
+        maps = coalescing(model.config, shape, layers=stage.layer_groups)
+        return reshaped(model, maps), mapped_state(moments, maps)
+    maps = coalescing(shape, model.config, layers=stage.layer_groups).inverse()
+    new = reshaped(model, maps)
+    before = {name: tensor.to(model.word.device) for name, tensor in kept.pop().items()}
+    load(new, interpolated(before, dict(new.named_parameters()), stage.alpha))
+    return new, mapped_state(moments, maps)

@@ -19,13 +19,23 @@ import torch
 from torch import Tensor
 
 from stackbert_kernels import ops
-from stackbert_kernels.config import ConfigError, Stage, TrainConfig, differences, from_dict, to_dict
+from stackbert_kernels.config import (
+    RESHAPES,
+    ConfigError,
+    Stage,
+    TrainConfig,
+    differences,
+    from_dict,
+    stage_model,
+    to_dict,
+)
 from stackbert_kernels.data.batches import Batch, Batches, heldout
 from stackbert_kernels.growth.apply import grow
+from stackbert_kernels.growth.multi_level import Kept, reshape
 from stackbert_kernels.growth.share import gradient_cosines, part_layers, parted
 from stackbert_kernels.growth.source import begin
 from stackbert_kernels.model.bert import Bert
-from stackbert_kernels.plan import Span, bank_rows, flops_per_token, plan, relative_step_cost
+from stackbert_kernels.plan import Span, bank_rows, flops_per_token, plan, relative_step_cost, span_at
 from stackbert_kernels.train import checkpoint
 from stackbert_kernels.train.console import Console
 from stackbert_kernels.train.export import export, exportable, exported
@@ -82,10 +92,8 @@ def _execute(run: Run, progress: bool) -> dict:
     kernels = _kernels(config, device)
     checkpoint.clean(run.checkpoints)
 
-    model = Bert(config.model, seed=config.seed, device=device, impl=config.impl, rows=bank_rows(config))
-    optimizer = Optimizer(model, config.optim)
     with Console(config.steps, shown=progress) as console:
-        state = _restore(run, model, optimizer, console)
+        model, optimizer, state, kept = _restore(run, device, console)
         batches = Batches(run.data, config.data, config.model.objective, config.seed)
         held_out = [batch.to(device) for batch in heldout(run.data, config.data, config.model.objective, config.seed)]
         stream = batches.prefetch(state.step, config.optim.accumulate)
@@ -100,7 +108,7 @@ def _execute(run: Run, progress: bool) -> dict:
                     started = time.perf_counter()
                     state.rows, state.low_readings = [], 0
                     if span.grows:
-                        growth = _grow(model, optimizer, span)
+                        model, optimizer, growth = _grow(model, optimizer, span, kept)
                     _use(model, optimizer, span)
                     state.seconds += time.perf_counter() - started
                     state.stage_seconds.append([])
@@ -145,7 +153,7 @@ def _execute(run: Run, progress: bool) -> dict:
                         console.evaluated(state.step, state.eval)
                     if saves:
                         metrics.sync()
-                        path = _save(run, model, optimizer, state)
+                        path = _save(run, model, optimizer, state, kept)
                         log(span, "checkpoint", path=_inside(run, path))
                     if failed:
                         return _failed(run, state, path)
@@ -268,14 +276,19 @@ def _index(spans: list[Span], step: int) -> int:
     return next((span.index for span in spans if step < span.last), len(spans))
 
 
-def _grow(model: Bert, optimizer: Optimizer, span: Span) -> dict:
-    """What the log says of the growth that begins a stage."""
-    stage, seed = span.stage, span.config.seed
+def _grow(model: Bert, optimizer: Optimizer, span: Span, kept: Kept) -> tuple[Bert, Optimizer, dict]:
+    """Model and optimizer that the stage begins with, new ones where the shape changes, and what the log says of it."""
+    stage, config, depth = span.stage, span.config, model.depth
     if span.index == 0:
-        rows = begin(model, stage, span.config.source, seed=seed)
-        return {"from_depth": max(rows) + 1, "layer_map": rows, "source": span.config.source}
-    depth = model.depth
-    return {"from_depth": depth, "layer_map": grow(model, optimizer, stage, seed=seed)}
+        rows = begin(model, stage, config.source, seed=config.seed)
+        return model, optimizer, {"from_depth": max(rows) + 1, "layer_map": rows, "source": config.source}
+    if stage.grow in RESHAPES:
+        hidden = model.config.hidden
+        model, moments = reshape(model, optimizer.state_dict(), stage, stage_model(config.model, stage), kept)
+        optimizer = Optimizer(model, config.optim)
+        optimizer.load_state_dict(moments)
+        return model, optimizer, {"from_depth": depth, "from_hidden": hidden, "hidden": model.config.hidden}
+    return model, optimizer, {"from_depth": depth, "layer_map": grow(model, optimizer, stage, seed=config.seed)}
 
 
 def _use(model: Bert, optimizer: Optimizer, span: Span) -> None:
@@ -320,11 +333,13 @@ def _parted(span: Span, state: State) -> Span:
     return replace(span, stage=parted(span.stage, tuple(state.rows)))
 
 
-def _save(run: Run, model: Bert, optimizer: Optimizer, state: State) -> Path:
+def _save(run: Run, model: Bert, optimizer: Optimizer, state: State, kept: Kept) -> Path:
     tensors = {
         "model": {"bank": model.bank.weights, **model.always_on_parameters()},
         "optimizer": optimizer.state_dict(),
     }
+    if kept:
+        tensors["kept"] = {f"{i}.{name}": t for i, weights in enumerate(kept) for name, t in weights.items()}
     documents = {"state": asdict(state), "config": to_dict(run.config)}
     return checkpoint.save(run.checkpoints, state.step, tensors, documents, keep=run.config.keep)
 
@@ -333,8 +348,16 @@ def _inside(run: Run, path: Path) -> str:
     return str(path.relative_to(run.directory))
 
 
-def _restore(run: Run, model: Bert, optimizer: Optimizer, console: Console) -> State:
-    """Puts the newest valid checkpoint in place, and the log back to where it was then; a new State where there is none."""
+def _new(config: TrainConfig, stage: Stage, device: torch.device) -> tuple[Bert, Optimizer]:
+    """A model of the shape that it has in `stage`, and its optimizer."""
+    rows = None if stage.hidden else bank_rows(config)
+    shape = stage_model(config.model, stage)
+    model = Bert(shape, seed=config.seed, device=device, impl=config.impl, rows=rows)
+    return model, Optimizer(model, config.optim)
+
+
+def _restore(run: Run, device: torch.device, console: Console) -> tuple[Bert, Optimizer, State, Kept]:
+    """What the newest valid checkpoint holds, and the log put back to where it was then; all new where there is none."""
     path = checkpoint.latest(run.checkpoints, warn=console.line)
     if path is None:
         if checkpoint.saved(run.checkpoints):
@@ -342,16 +365,17 @@ def _restore(run: Run, model: Bert, optimizer: Optimizer, console: Console) -> S
                 f"no checkpoint in {run.checkpoints} is whole; --fresh starts over, nothing was changed"
             )
         cut_metrics(run.metrics, None)
-        return State()
+        return *_new(run.config, run.config.stages[0], device), State(), []
     tensors, documents = checkpoint.load(path)
     differing = differences(from_dict(documents["config"]), run.config)
     if differing:
         raise ConfigError(f"{path} is of another configuration: {'; '.join(differing)} (there -> wanted)")
     state = State(**documents["state"])
+    # A checkpoint at the end of a stage still has that stage's shape, depth and window; the loop then enters the next one.
+    span = _parted(span_at(plan(run.config), max(0, state.step - 1)), state)
+    model, optimizer = _new(run.config, span.stage, device)
     if state.step:
-        # A checkpoint at the end of a stage still has that stage's depth and window; the loop then enters the next one.
-        spans = plan(run.config)
-        _use(model, optimizer, _parted(spans[_index(spans, state.step - 1)], state))
+        _use(model, optimizer, span)
     with torch.no_grad():
         parameters = {"bank": model.bank.weights, **model.always_on_parameters()}
         for name, tensor in _matching(tensors["model"], parameters, path).items():
@@ -361,9 +385,14 @@ def _restore(run: Run, model: Bert, optimizer: Optimizer, console: Console) -> S
         in_log = cut_metrics(run.metrics, state.step)
         if not in_log:
             with closing(Metrics(run.metrics)) as metrics:
-                _Log(metrics, state)(spans[_index(spans, state.step - 1)], "checkpoint", path=_inside(run, path))
+                _Log(metrics, state)(span, "checkpoint", path=_inside(run, path))
         console.line(f"going on from {path.name} of {run.config.steps} steps in {run.directory}")
-    return state
+    kept: Kept = []
+    for name, tensor in sorted(tensors.get("kept", {}).items()):
+        level, _, name = name.partition(".")
+        kept += [{} for _ in range(int(level) + 1 - len(kept))]
+        kept[int(level)][name] = tensor
+    return model, optimizer, state, kept
 
 
 def _matching(saved: dict[str, Tensor], parameters: dict[str, Tensor], path: Path) -> dict[str, Tensor]:
@@ -430,8 +459,7 @@ def _already_finished(run: Run, progress: bool) -> dict:
     """Makes up for what could not be written then: transformers may have been installed since."""
     with Console(run.config.steps, shown=progress) as console:
         if not exported(run) and exportable(run, console):
-            model = Bert(run.config.model, device=torch.device("cpu"), rows=bank_rows(run.config))
-            _restore(run, model, Optimizer(model, run.config.optim), console)
+            model, *_ = _restore(run, torch.device("cpu"), console)
             export(run, model)
     if not (run.directory / REPORT).exists():
         write_report(run.directory)
