@@ -96,6 +96,14 @@ def steps_command(setting: Setting, seconds: float) -> list[str]:
     return _benchmark(setting, seconds, "steps", "train_step", *(PRETEND_STEPS if setting.pretend else []))
 
 
+def dropin_command(setting: Setting, seconds: float) -> list[str]:
+    """It has no --minutes: each setting's rounds get a third of its share, checks and warm-up the rest."""
+    argv = [sys.executable, "-m", __package__.rpartition(".")[0], "dropin", "--device", setting.device]
+    argv += ["--out", str(setting.scratch / "dropin"), "--seconds", f"{seconds / 18:.3f}"]
+    argv += ["--size", "quick", "--dtype", "fp32", "--repeats", "2"] if setting.pretend else []
+    return argv + (["--commit", setting.commit] if setting.commit else [])
+
+
 def _found(folder: str, name: str, lines: Callable[[dict], tuple[list[str], list[str]]]) -> Callable[[Setting], dict]:
     """Copies the result file to the user's folder, and makes lines of it."""
 
@@ -123,6 +131,7 @@ PHASES = (
     Phase("sanitizer", 1.0, sanitizer_command, _result("sanitizer"), fine=(0,)),
     Phase("ops", 2.0, ops_command, _found("ops", "ops.json", summary.op_lines)),
     Phase("steps", 1.2, steps_command, _found("steps", "train_step.json", summary.step_lines)),
+    Phase("dropin", 0.8, dropin_command, _found("dropin", "dropin.json", summary.dropin_lines)),
     Phase("training", 1.3, training_command, _result("training"), fine=(0,)),
 )
 

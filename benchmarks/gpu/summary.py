@@ -89,6 +89,15 @@ def step_lines(result: Mapping) -> tuple[list[str], list[str]]:
     return [f"{len(lines)} rows{missed}", *told, *table.text(lines).splitlines()], failures
 
 
+def dropin_lines(result: Mapping) -> tuple[list[str], list[str]]:
+    """A line for each candidate of each setting: models of transformers, patched and not."""
+    from ..bench_dropin import table_rows
+
+    failures, missed = _failures(result)
+    lines = table_rows(result["rows"])
+    return [f"{len(lines)} rows{missed}", *table.text(lines).splitlines()], failures
+
+
 def _failures(result: Mapping) -> tuple[list[str], str]:
     """What of ours was wrong or broke (a peer's trouble is not ours), and how much the time did not allow."""
     problems = [line for line in result["problems"] if not line.endswith(TIME_WAS_UP)]

@@ -15,7 +15,7 @@ import pytest
 import torch
 from result_samples import MACHINE, op_row
 
-from benchmarks import bench_train_step, machine_code
+from benchmarks import bench_dropin, bench_train_step, machine_code
 from benchmarks.__main__ import run_parser
 from benchmarks.command_line import BadUse
 from benchmarks.gpu import __main__ as command
@@ -80,6 +80,8 @@ def test_the_whole_flow_without_a_gpu(tmp_path):
     assert found["sanitizer"]["verdicts"]["memcheck"]["ran"] > 20
     assert json.loads((out / "ops.json").read_text())["quick"] and "14 rows" not in found["steps"]["lines"]
     assert json.loads((out / "train_step.json").read_text())["kind"] == "train_step"
+    dropin = json.loads((out / "dropin.json").read_text())
+    assert dropin["kind"] == "dropin" and all("ours patched" in row["seconds"] for row in dropin["rows"])
     assert len(found["training"]["mslt"]["losses"]) == 40 and len(found["training"]["stages"]) == 5
 
     files = [file for file in out.rglob("*") if file.is_file()]
@@ -244,6 +246,9 @@ def test_the_benchmarks_take_the_options_that_a_gpu_run_gives_them(tmp_path):
     assert by_name["steps"][3] == "train_step"
     given = bench_train_step.parser("train_step").parse_args(by_name["steps"][4:])
     assert (given.device, given.minutes, given.out) == ("cuda", 1.5, tmp_path / "steps")
+    assert by_name["dropin"][3] == "dropin"
+    given = bench_dropin.parser("dropin").parse_args(by_name["dropin"][4:])
+    assert (given.device, given.commit, given.seconds, given.size) == ("cuda", "abc", 5.556, None)
     runs = tests.commands(tmp_path, False)
     assert runs["others"][-3:] == ["gpu", f"--ignore={tests.FILLS_MEMORY}", "python_tests"]
     assert runs["memory"][-1] == tests.FILLS_MEMORY and (ROOT / tests.FILLS_MEMORY).is_file()
