@@ -33,7 +33,7 @@ CASES = [
     Case(64, 40),
     Case(200, 40, (3, 5, 2), tables=torch.bfloat16, dtype=torch.bfloat16),
     Case(200, 33, (3, 5, 1), tables=torch.float16, dtype=torch.float16),
-    Case(700, 8, (1, 40000, 2)),  # more pieces behind a row than a block of the second kernel reads at once
+    Case(700, 8, (1, 40000, 2)),  # a table of one row
     Case(30, 768, dtype=torch.bfloat16),
     Case(9, 1024, dtype=torch.float16),
     Case(3, 1544, tables=torch.bfloat16, dtype=torch.float32),
@@ -114,6 +114,14 @@ def test_masks_are_those_of_the_reference(twin, columns):
 )
 @pytest.mark.parametrize("columns", [8, 7])
 def test_rows_over_the_borders_of_pieces(twin, ids, columns):
+    sums_of_rows(twin, ids, columns)
+
+
+def test_a_row_over_more_pieces_than_a_block_reads_at_once(twin):
+    sums_of_rows(twin, [5] * 4300, 8)
+
+
+def sums_of_rows(twin, ids, columns):
     t = problem(Case(len(ids), columns, (40, 24, 2)))
     t["ids"] = torch.tensor(ids)
     dy = torch.randn(len(ids), columns)
