@@ -5,9 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 from oracle import assert_as_accurate_as_torch
-from simt.twin import Device
+from simt.twin import SEEDS, Device
 
-from stackbert_kernels.ops import new_rng
+from stackbert_kernels import ops
+from stackbert_kernels.ops import _triton, new_rng
 from stackbert_kernels.ops.attention import native, reference
 
 # Which kernel runs depends on the longest: one tile of 64 keys, one of 128, or tiles of 64. Empty, single-token and odd lengths among them.
@@ -60,7 +61,7 @@ def test_forward_and_backward(twin, batch, D, dtype, packed, threshold):
     rng, scale = new_rng(3, 4), D**-0.5
     settings = (seqlens, S, scale, rng, 5, threshold)
     runs = []
-    for seed in range(2):
+    for seed in SEEDS[:2]:
         with Device(twin, seed, {"qkv": q, "dout": dout, "seqlens": seqlens, "rng": rng}):
             out, lse = native.forward_cuda(q, k, v, *settings, True)
             again, none = native.forward_cuda(q, k, v, *settings, False)
@@ -84,6 +85,43 @@ def test_forward_and_backward(twin, batch, D, dtype, packed, threshold):
         assert_as_accurate_as_torch(name, flat(a, seqlens, packed), truth, truth + error, 2.0 if name == "out" else 3.0)
         if not packed:
             assert all((a[b, n:] == 0).all() for b, n in enumerate(seqlens.tolist())), name
+
+
+@pytest.mark.parametrize("length", [37, 128, 130], ids=["one tile of 64", "one tile of 128", "tiles of 64"])
+def test_no_schedule_decides(twin, length):
+    qkv, dout, rng = torch.randn(length, 3, 1, 64).bfloat16(), torch.randn(length, 1, 64).bfloat16(), new_rng(1)
+    seqlens = torch.tensor([0, length], dtype=torch.int32)
+    settings = (seqlens, length, 0.125, rng, 0, 26)
+    runs = []
+    for seed in SEEDS:
+        with Device(twin, seed, {"qkv": qkv, "dout": dout, "seqlens": seqlens, "rng": rng}):
+            out, lse = native.qkv_forward_cuda(qkv, *settings, True)
+            runs.append((out, lse, native.qkv_backward_cuda(dout, qkv, out, lse, *settings)))
+    assert all(torch.equal(a, b) for run in runs[1:] for a, b in zip(runs[0], run, strict=True))
+
+
+@pytest.mark.parametrize("impl", ["native", "triton"])
+@pytest.mark.parametrize("length", [37, 128, 130], ids=["one tile of 64", "one tile of 128", "tiles of 64"])
+def test_masks_are_those_of_the_reference(twin, length, impl):
+    """Scores of 0 and values that are columns of the identity make the output the mask itself, 64 keys at a time; and those of the
+    C++ and Triton kernels on the CPU are the same."""
+    if impl == "triton" and (reason := _triton.why_not("cpu")):
+        pytest.skip(reason)
+    rng, seqlens = new_rng(7, 2), torch.tensor([0, length], dtype=torch.int32)
+    q = torch.zeros(length, H, 64)
+    for first in range(0, length, 64):
+        v = torch.zeros(length, H, 64)
+        keys = torch.arange(first, min(first + 64, length))
+        v[keys, :, keys - first] = 1.0
+        settings = {"dropout_p": 0.25, "rng": rng, "site": 9}
+        wanted = ops.attention_varlen(q, q, v, seqlens, length, **settings, impl="reference") != 0
+        assert 0.7 < wanted[:, :, : len(keys)].float().mean() < 0.8
+        assert torch.equal(ops.attention_varlen(q, q, v, seqlens, length, **settings, impl=impl) != 0, wanted)
+        for seed in SEEDS[:2]:
+            zero, columns = q.bfloat16(), v.bfloat16()
+            with Device(twin, seed, {"q": zero, "v": columns, "seqlens": seqlens, "rng": rng}):
+                out, _ = native.forward_cuda(zero, zero, columns, seqlens, length, 0.125, rng, 9, 64, False)
+            assert torch.equal(out != 0, wanted)
 
 
 def test_fused_qkv(twin):

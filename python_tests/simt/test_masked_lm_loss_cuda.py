@@ -134,7 +134,7 @@ def test_predictions(twin, vocabulary, dtype):
     kept = t["labels"] != -100
     t["labels"][5:] = torch.where(kept[5:], logits[5:].double().argmax(1), -100)
     losses = F.cross_entropy(logits.double(), t["labels"], reduction="sum")
-    seen = [predict(twin, seed, t) for seed in SEEDS[:4]]
+    seen = [predict(twin, seed, t) for seed in (SEEDS if vocabulary == 37 else SEEDS[:2])]
     for loss, correct, count in seen:
         assert loss == seen[0][0]
         assert loss.item() == pytest.approx(losses.item(), rel=1e-5)
