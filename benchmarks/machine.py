@@ -102,7 +102,8 @@ def _commit(given: str | None) -> dict[str, object]:
     commit = git("rev-parse", "HEAD")
     if commit is None:
         return {"commit": given, "dirty": None}
-    changed = git("status", "--porcelain", "--untracked-files=no")
+    # Results and texts that a run before this one has written change nothing that is measured.
+    changed = git("status", "--porcelain", "--untracked-files=no", "--", ".", ":!benchmarks/results", ":!*.md")
     return {"commit": commit, "dirty": bool(changed)}
 
 

@@ -371,3 +371,18 @@ def test_a_stale_figure_is_seen_to_be_stale(page):
     text = page(h200=content(*rows, sources=fresh | {"bias_gelu": "0123456789abcdef"}))
     assert "**Changed since: bias_gelu.**" in text
     assert "### bias_gelu (its sources have changed since)" in text and "### layer_norm\n" in text
+
+
+def test_only_sources_make_a_tree_dirty(tmp_path, monkeypatch):
+    """What an earlier benchmark of the same command wrote does not."""
+    monkeypatch.setattr(machine, "ROOT", tmp_path)
+    files = {name: tmp_path / name for name in ("csrc/a.cu", "benchmarks/results/m/ops.json", "README.md")}
+    for file in files.values():
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text("before")
+    identity = ("-c", "user.name=a", "-c", "user.email=a@b")
+    for command in (["init", "-q"], ["add", "-A"], [*identity, "commit", "-qm", "all"]):
+        subprocess.run(["git", "-C", str(tmp_path), *command], check=True)
+    for name, dirty in (("benchmarks/results/m/ops.json", False), ("README.md", False), ("csrc/a.cu", True)):
+        files[name].write_text("after")
+        assert machine.machine("cpu")["dirty"] is dirty
