@@ -207,7 +207,7 @@ def run(options: argparse.Namespace) -> int:
         bar.set_description(f"{bench.op} {case}")
         try:
             result["rows"] += tune(bench, case, device, repeats=options.repeats, seconds=left / (len(planned) - i))
-        except Exception as error:
+        except Exception as error:  # the next case may work
             result["problems"].append(f"{bench.op} {case}: {type(error).__name__}: {error}")
         if options.out:
             results_file.write(options.out / "tune.json", result)
