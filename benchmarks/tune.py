@@ -23,6 +23,7 @@ from types import ModuleType
 from .command_line import DONE, FAILED, BadUse, Parser, answered, device_of, make_folder
 
 KEPT = "kept"
+WITHOUT_CANDIDATES = ("global_norm", "lamb_", "lans_")  # the optimizer's configurations are adamw_'s
 
 
 def variants(candidates: Mapping | Sequence, kept: object, entry: object = None) -> dict[str, object]:
@@ -146,10 +147,10 @@ def failures(rows: Sequence[Mapping]) -> list[str]:
 
 
 def tunable(benches) -> list:
-    """Benches whose op has candidates; global_norm has none of its own."""
+    """Benches whose op has candidates."""
     from .compiled import stems
 
-    return [b for b in benches if b.folder in stems() and b.op != "global_norm"]
+    return [b for b in benches if b.folder in stems() and b.op not in WITHOUT_CANDIDATES]
 
 
 def parser(prog: str) -> Parser:

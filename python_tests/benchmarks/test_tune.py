@@ -9,7 +9,7 @@ import pytest
 import torch
 
 pytest.importorskip("triton", reason="Triton is not installed")
-from benchmarks import bench_dropout, tune
+from benchmarks import bench_dropout, harness, tune
 from benchmarks.__main__ import main
 from benchmarks.compiled import ARCHITECTURES
 from benchmarks.declared import BENCHES
@@ -49,6 +49,23 @@ def test_every_kernel_names_a_few(bench, arch):
     module = import_module(f"stackbert_kernels.ops.{bench.folder}.triton_kernel")
     found = tune.variants(module.CANDIDATES, module.CONFIGURATIONS[arch], getattr(module, "TUNED", None))
     assert 2 <= len(found) <= 16 and len({str(value) for value in found.values()}) == len(found)
+
+
+@pytest.mark.parametrize("bench", BENCHES, ids=lambda bench: bench.op)
+def test_what_is_tuned_reads_its_configuration_and_nothing_else_does(bench, monkeypatch):
+    if not _triton.INTERPRETED:
+        pytest.skip("runs Triton's interpreter on the CPU, which TRITON_INTERPRET=1 switches on")
+    tables = []
+
+    def configuration(table, device, read=_triton.configuration):
+        tables.append(table)
+        return read(table, device)
+
+    monkeypatch.setattr(_triton, "configuration", configuration)
+    case = bench.cases("cpu", True)[0]
+    harness.results(harness.bound(bench.ours(case, inputs := bench.inputs(case, "cpu"), "triton"), inputs))
+    module = import_module(f"stackbert_kernels.ops.{bench.folder}.triton_kernel")
+    assert any(table is module.CONFIGURATIONS for table in tables) == (bench in TUNABLE)
 
 
 @pytest.fixture
