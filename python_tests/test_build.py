@@ -251,7 +251,7 @@ def test_a_wheel_without_cuda(sources, tmp_path):
     assert printed.count("built without CUDA: STACKBERT_SKIP_CUDA_BUILD=1") == 1
     names = zipfile.ZipFile(built).namelist()
     ours = ("stackbert_kernels/", "stackbert_kernels-")
-    assert "stackbert_kernels/config.py" in names and not [n for n in names if not n.startswith(ours)]
+    assert "stackbert_kernels/config/__init__.py" in names and not [n for n in names if not n.startswith(ours)]
     assert "stackbert_kernels/benchmarks/__main__.py" in names and not [n for n in names if "results/" in n]
     answer = ask_in_clean_environment(built, tmp_path / "environment", ASK)
     assert answer == f"0.1.0 {_C.isa()} STACKBERT_SKIP_CUDA_BUILD=1"

@@ -1,4 +1,4 @@
-"""`stackbert <command>`: the options are the fields of config.py, checked before anything slow is loaded.
+"""`stackbert <command>`: the options are the fields of config, checked before anything slow is loaded.
 
 Exit codes: 0 done, 1 failed, 2 bad arguments (one line on stderr, before any work).
 """

@@ -1,0 +1,126 @@
+"""What must hold between the stages of a run."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from stackbert_kernels.config.checks import require
+from stackbert_kernels.config.sections import ModelConfig
+from stackbert_kernels.config.stage import Stage
+
+GROWTH_OPERATORS = ("copy_top", "stack", "interleave", "random", "identity")
+"""The names of growth/depth.py's operators: known here so that a wrong one is refused before torch is loaded."""
+UNSHARE = "unshare"
+"""What Stage.grow says where layers that read one row of the bank get rows of their own (growth/share.py)."""
+FROM_SOURCE = ("fpi", "aki")
+"""The names of growth/width.py's ways to begin with a smaller model's weights."""
+RESHAPES = ("coalesce", "decoalesce")
+"""What Stage.grow says where all axes of the model change at once (growth/multi_level.py)."""
+
+
+def check_unsharing(old: Stage, new: Stage, *, where: str = "") -> None:
+    """Whether the layers of `new` can get their rows as copies of those they read in `old`; ConfigError if not."""
+    require(
+        new.depth == old.depth and not (old.ffn_rows or new.ffn_rows),
+        f"{where}{UNSHARE} is of whole layers at one depth, got depth {old.depth} -> {new.depth}, ffn_rows {new.ffn_rows}",
+    )
+    before = old.attention_rows
+    for row in range(new.bank_rows):
+        sources = {before[i] for i, r in enumerate(new.attention_rows) if r == row}
+        require(
+            len(sources) == 1,
+            f"{where}{UNSHARE} cannot merge: row {row} would gather layers of rows {sorted(sources)}, got {before} -> {new.attention_rows}",
+        )
+
+
+def _row_map(stage: Stage) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    return stage.attention_rows, stage.feed_forward_rows
+
+
+def check_stages(stages: tuple[Stage, ...], layers: int, steps: int) -> None:
+    depth = stages[0].depth
+    require(
+        stages[0].grow in (None, *FROM_SOURCE), f"stages[0]: there is nothing to grow from, got grow={stages[0].grow!r}"
+    )
+    for i, stage in enumerate(stages):
+        before, where = stages[max(0, i - 1)], f"stages[{i}]: "
+        if stage.grow in RESHAPES:
+            depth = stage.depth
+            continue
+        require(stage.depth >= depth, f"{where}depth {depth} -> {stage.depth} would drop layers")
+        if stage.depth > depth:
+            require(
+                not (before.rows or stage.rows),
+                f"{where}layers that share rows cannot grow from depth {depth} to {stage.depth}: unshare them in a stage before",
+            )
+            require(stage.grow is not None, f"{where}depth {depth} -> {stage.depth} needs grow, got grow=None")
+            check_growth(stage.grow, depth, stage.depth, where=where)
+        elif _row_map(stage) != _row_map(before):
+            require(stage.grow == UNSHARE, f"{where}rows change, which needs grow={UNSHARE!r}, got grow={stage.grow!r}")
+            check_unsharing(before, stage, where=where)
+        elif i > 0:
+            require(stage.grow is None, f"{where}depth stays {depth}, got grow={stage.grow!r}")
+        depth = stage.depth
+    require(
+        depth == layers, f"stages[{len(stages) - 1}]: the last stage must reach all {layers} layers, got depth {depth}"
+    )
+    total = sum(stage.steps for stage in stages)
+    require(total == steps, f"stages: their steps must sum to {steps}, got {total}")
+
+
+def stage_model(model: ModelConfig, stage: Stage) -> ModelConfig:
+    """The run's `model` in the shape that it has in `stage`."""
+    if stage.hidden == 0:
+        return model
+    return replace(model, layers=stage.depth, hidden=stage.hidden, heads=stage.heads, inner=stage.inner)
+
+
+def check_levels(stages: tuple[Stage, ...], model: ModelConfig) -> None:
+    """Whether each coalescing makes a smaller model that fits, and each de-coalescing leads back to the one before it."""
+    larger: list[ModelConfig] = []
+    before = stages[0]
+    require(before.hidden == 0, f"stages[0]: the run begins with its own width, got hidden {before.hidden}")
+    for i, stage in enumerate(stages):
+        old, new, where = stage_model(model, before), stage_model(model, stage), f"stages[{i}]: "
+        if stage.grow not in RESHAPES:
+            require(
+                old == new, f"{where}the width changes by grow={' or '.join(map(repr, RESHAPES))}, got {stage.grow!r}"
+            )
+            before = stage
+            continue
+        whole = not before.rows and before.embeddings == "train" and before.depth == old.layers and not model.embedding
+        require(
+            whole and stage.optimizer_state != "zero",
+            f"{where}{stage.grow} is of whole models whose embeddings learn, without shared layers, factorised embedding or "
+            "optimizer_state 'zero'",
+        )
+        if stage.grow == "coalesce":
+            check_coalescing(old, new, where=where)
+            larger.append(old)
+        else:
+            wanted = larger.pop() if larger else None
+            require(wanted == new, f"{where}decoalesce must lead back to the model that was coalesced last")
+        before = stage
+    require(not larger and before.hidden == 0, "stages: what was coalesced must be de-coalesced before the run ends")
+
+
+def check_coalescing(large: ModelConfig, small: ModelConfig, *, where: str = "") -> None:
+    """Whether groups of indices of `large` make up `small`; ConfigError if not."""
+    for name in ("layers", "heads", "hidden", "inner"):
+        old, new = getattr(large, name), getattr(small, name)
+        require(old % new == 0, f"{where}{name} must be a multiple of the smaller model's, got {old} -> {new}")
+    require(
+        large.head_dim == small.head_dim,
+        f"{where}heads are grouped whole, so both models must have the same head dim (hidden / heads), "
+        f"got {large.head_dim} -> {small.head_dim}",
+    )
+
+
+def check_growth(operator: str, old: int, new: int, *, where: str = "") -> None:
+    """Whether `operator` can make `new` layers of `old` ones; ConfigError if not."""
+    require(operator in GROWTH_OPERATORS, f"{where}grow must be one of {', '.join(GROWTH_OPERATORS)}, got {operator!r}")
+    require(0 < old < new, f"{where}{operator} needs 0 < old depth < new depth, got {old} -> {new}")
+    if operator == "copy_top":
+        require(new <= 2 * old, f"{where}copy_top can at most double the depth, got {old} -> {new}")
+    if operator in ("stack", "interleave"):
+        require(new % old == 0, f"{where}{operator} needs a multiple of the old depth, got {old} -> {new}")
