@@ -41,6 +41,30 @@ def test_auto_takes_triton_on_a_gpu_without_the_compiled_module(on_gpu, monkeypa
     assert "native" in explanation.why_not
 
 
+def test_auto_takes_triton_on_a_gpu_that_the_compiled_module_was_not_built_for(on_gpu, monkeypatch):
+    reason = "the device is sm_103, this module was built for 80-real"
+    monkeypatch.setattr(_library, "WHY_NO_NATIVE_CUDA", None)
+    monkeypatch.setattr(_library, "_why_no_machine_code", lambda index: reason)
+    assert dropout_op().resolve("auto", on_gpu) == "triton"
+    assert dropout_op().explain(on_gpu).why_not["native"] == reason
+    assert "native" not in dropout_op().available()["cuda"]
+    with pytest.raises(
+        ValueError, match=f"dropout: impl='native' cannot run here: {reason}; usable: triton, reference"
+    ):
+        dropout_op().resolve("native", on_gpu)
+
+
+@pytest.mark.parametrize("reason", [None, "another GPU"])
+def test_which_gpu_it_is_is_asked_while_torch_compile_traces(monkeypatch, reason):
+    """The compiled module's functions cannot be traced: without the mark this breaks the graph."""
+    monkeypatch.setattr(_library, "_why_no_machine_code", lambda index: [reason, _library._C.cuda_archs()][0])
+    torch.compiler.reset()  # what was traced with another answer
+    compiled = torch.compile(
+        lambda x: x + 1 if _library.why_no_machine_code(0) is None else x, fullgraph=True, backend="eager"
+    )
+    assert compiled(X)[0, 0] == (2 if reason is None else 1)
+
+
 @pytest.mark.parametrize(
     ("broken", "message"),
     [

@@ -36,8 +36,23 @@ HUGE_PAGES_FROM = 4 << 20  # bytes: two 2 MB pages
 LIBRARY = torch.library.Library("stackbert", "DEF")
 
 
-def why_no_native(device: str) -> str | None:
-    return WHY_NO_NATIVE_CUDA if device == "cuda" else WHY_NO_NATIVE
+def why_no_native(device: torch.device) -> str | None:
+    if device.type != "cuda":
+        return WHY_NO_NATIVE
+    return WHY_NO_NATIVE_CUDA or why_no_machine_code(device.index)
+
+
+@torch.compiler.assume_constant_result
+def why_no_machine_code(index: int | None) -> str | None:
+    """Why none of the architectures that the compiled module was built for runs on this GPU, or None. torch.compile asks it once, while tracing."""
+    return _why_no_machine_code(index)
+
+
+@cache
+def _why_no_machine_code(index: int | None) -> str | None:
+    if not torch.cuda.is_available():  # a tensor that only claims to be on a GPU
+        return None
+    return _C.cuda_archs_why_not(_C.cuda_archs(), *torch.cuda.get_device_capability(index)) or None
 
 
 Table = dict[str, dict[str, Callable]]  # device -> implementation -> function
@@ -89,9 +104,9 @@ class Op:
         }
 
     def _reason(self, impl: str, tensors: tuple[Tensor, ...]) -> str | None:
-        device = tensors[0].device.type
-        if impl not in self.table.get(device, {}):
-            return f"{self.name} has no {impl} implementation on {device}"
+        device = tensors[0].device
+        if impl not in self.table.get(device.type, {}):
+            return f"{self.name} has no {impl} implementation on {device.type}"
         if impl == "native" and why_no_native(device):
             return why_no_native(device)
         if impl == "triton" and (reason := _triton.why_not(tensors[0].device)):
@@ -134,7 +149,7 @@ class Op:
 def _why_unavailable(impl: str, device: torch.device) -> str | None:
     if impl == "triton":
         return "interpreted" if device.type == "cpu" else _triton.why_not(device)
-    return why_no_native(device.type) if impl == "native" else None
+    return why_no_native(device) if impl == "native" else None
 
 
 def define(schema: str, table: Table, fake: Callable) -> Callable:
