@@ -42,10 +42,13 @@ def why_no_native(device: torch.device) -> str | None:
     return WHY_NO_NATIVE_CUDA or why_no_machine_code(device.index)
 
 
-@torch.compiler.assume_constant_result
 def why_no_machine_code(index: int | None) -> str | None:
     """Why none of the architectures that the compiled module was built for runs on this GPU, or None. torch.compile asks it once, while tracing."""
     return _why_no_machine_code(index)
+
+
+# What torch.compiler.assume_constant_result sets, without its import of torch._dynamo (and Triton) by whoever imports an op.
+why_no_machine_code._dynamo_marked_constant = True
 
 
 @cache
