@@ -319,6 +319,7 @@ def test_losses_that_mean_different_things_are_refused(tmp_path, changes, messag
         ({"digests": DIGESTS | {"train.0.tokens": "x"}}, "! the runs were trained on different texts"),
         ({"digests": None}, "! the prepared text of other is not there any more"),
         ({"config": replace(GROWN, precision="bf16")}, "! different precision: bf16 (mslt), fp32 (baseline)"),
+        ({"config": replace(GROWN, data=replace(GROWN.data, short_seq_len=8))}, "! different short_seq_len: 8 (mslt), 0 (baseline)"),
         ({"config": replace(GROWN, model=replace(GROWN.model, hidden=64))}, "! different hidden: 64 (mslt), 32 (baseline)"),
         ({"config": replace(GROWN, seed=4)}, "! different seeds: 4 (mslt), 0 (baseline)"),
         ({"config": replace(GROWN, optim=OptimConfig(lr=3e-4, warmup=20))}, "! different share of steps to warm up: 0.2 (mslt)"),

@@ -32,7 +32,7 @@ from stackbert_kernels.config import (
     TrainConfig,
     to_dict,
 )
-from stackbert_kernels.plan import cost_table, relative_step_cost
+from stackbert_kernels.plan import cost_table, plan, span_cost
 from stackbert_kernels.recipes import (
     RECIPES,
     AlbertOptions,
@@ -64,6 +64,8 @@ class _Text(_Data):
     """What decides the shards."""
 
     seq_len: Suppress[int] = 8
+    short_seq_len: Suppress[int] = 0
+    short_share: Suppress[float] = DataConfig.short_share
     batch_tokens: Suppress[int] = 8
     mask_rate: Suppress[float] = DataConfig.mask_rate
     whole_word: Suppress[bool] = False
@@ -375,7 +377,7 @@ def _pretrain(command: Pretrain) -> int:
     if command.dry_run:
         config = check(config, command.out, fresh=command.fresh)
         if command.json:
-            costs = [relative_step_cost(config, stage) for stage in config.stages]
+            costs = [span_cost(span) for span in plan(config)]
             _print({"config": to_dict(config), "relative_step_cost": costs})
         else:
             print(cost_table(config))

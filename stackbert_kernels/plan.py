@@ -38,6 +38,13 @@ class Span:
     def name(self) -> str:
         return self.stage.name or f"stage {self.index + 1}"
 
+    @property
+    def lengths(self) -> tuple[tuple[int, int], ...]:
+        """(most tokens of a sample, steps that have it), in the order of the steps; two where the length changes inside the stage."""
+        data, change = self.config.data, min(max(self.config.short_steps, self.first), self.last)
+        parts = ((data.short_seq_len, change - self.first), (data.seq_len, self.last - change))
+        return tuple((seq_len, steps) for seq_len, steps in parts if steps)
+
     def at(self, step: int) -> Stage:
         """The window of `step`: the stage's own, or the prefix that this step draws (Stage.submodel). A function of seed and step."""
         prefixes = submodels(self.stage)
@@ -166,11 +173,11 @@ def step_cost(depth: float, train_from: int, *, head: float = 0.0, backward: flo
     return depth + backward * (depth - train_from) + head * (1 + backward)
 
 
-def head_cost(model: ModelConfig, data: DataConfig) -> float:
-    """Forward of the masked-LM head in forwards of one layer: its matrices see only the masked tokens."""
+def head_cost(model: ModelConfig, data: DataConfig, seq_len: int = 0) -> float:
+    """Forward of the masked-LM head in forwards of one layer: its matrices see only the masked tokens. `seq_len` 0 = data's."""
     vocab = vocab_size(model, data)
     return _head_flops(model.hidden, model.embedding_width, vocab, data.mask_rate) / _layer_flops(
-        model.hidden, model.inner, data.seq_len
+        model.hidden, model.inner, seq_len or data.seq_len
     )
 
 
@@ -179,22 +186,37 @@ def layer_flops(config: TrainConfig) -> float:
     return _layer_flops(config.model.hidden, config.model.inner, config.data.seq_len)
 
 
-def relative_step_cost(config: TrainConfig, stage: Stage, *, backward: float = BACKWARD) -> float:
-    """A step of `stage` over a step of the whole model, by `step_cost` with the head; the mean over its submodels."""
-    model, data = stage_model(config.model, stage), config.data
-    head = head_cost(model, data)
+def relative_step_cost(config: TrainConfig, stage: Stage, *, backward: float = BACKWARD, seq_len: int = 0) -> float:
+    """A step of `stage` over a step of the whole model, by `step_cost` with the head; the mean over its submodels.
+
+    The step has samples of `seq_len` tokens (0 = data.seq_len), what it is compared with has data.seq_len.
+    """
+    model, data, S = stage_model(config.model, stage), config.data, seq_len or config.data.seq_len
+    head = head_cost(model, data, S)
     costs = [step_cost(sum(expected_layers(s)), s.train_from, head=head, backward=backward) for s in submodels(stage)]
-    layer = _layer_flops(model.hidden, model.inner, data.seq_len) / layer_flops(config)  # in layers of the whole model
+    layer = _layer_flops(model.hidden, model.inner, S) / layer_flops(config)  # in layers of the whole model
     whole = step_cost(config.model.layers, 0, head=head_cost(config.model, data), backward=backward)
     return layer * sum(costs) / len(costs) / whole
+
+
+def span_cost(span: Span, *, backward: float = BACKWARD) -> float:
+    """`relative_step_cost` in the mean over the steps of `span`."""
+    costs = {S: relative_step_cost(span.config, span.stage, backward=backward, seq_len=S) for S, _ in span.lengths}
+    return _mean_over_steps(span, costs)
+
+
+def _mean_over_steps(span: Span, by_length: dict[int, float]) -> float:
+    if len(by_length) == 1:
+        return by_length[span.lengths[0][0]]
+    return sum(by_length[S] * steps for S, steps in span.lengths) / sum(steps for _, steps in span.lengths)
 
 
 # --- cost in floating-point operations of the matrix products ---
 
 
-def flops_per_token(config: TrainConfig, stage: Stage, gates: Sequence[float] | None = None) -> float:
+def flops_per_token(config: TrainConfig, stage: Stage, gates: Sequence[float] | None = None, seq_len: int = 0) -> float:
     """Matrix-product FLOPs that a training step of `stage` spends on a token, forward and backward; of a step with `gates` (Span.gates),
-    else in the mean over the stage's steps.
+    else in the mean over the stage's steps; with samples of `seq_len` tokens, 0 = data.seq_len.
 
     A product counts 2 FLOPs a multiply-add, attention 4 S C a token forward and twice that backward, with S = seq_len (packed
     samples are nearly full). Counted as the model executes it: the last layer is evaluated only where the heads read it once its
@@ -205,13 +227,11 @@ def flops_per_token(config: TrainConfig, stage: Stage, gates: Sequence[float] | 
     """
     if stage.submodel:
         windows = submodels(stage)
-        return sum(flops_per_token(config, window) for window in windows) / len(windows)
-    model, data = stage_model(config.model, stage), config.data
+        return sum(flops_per_token(config, window, seq_len=seq_len) for window in windows) / len(windows)
+    model, data, S = stage_model(config.model, stage), config.data, seq_len or config.data.seq_len
     C, E, I = model.hidden, model.embedding_width, model.inner  # noqa: E741
-    rows = data.mask_rate + (
-        0.0 if model.objective == "mlm" else 1.0 / data.seq_len
-    )  # of a token: where the heads read
-    qkv, attention, rest = 6.0 * C * C, 4.0 * data.seq_len * C, 2.0 * C * C + 4.0 * C * I
+    rows = data.mask_rate + (0.0 if model.objective == "mlm" else 1.0 / S)  # of a token: where the heads read
+    qkv, attention, rest = 6.0 * C * C, 4.0 * S * C, 2.0 * C * C + 4.0 * C * I
     embeddings_learn_below = stage.embeddings in ("train", "full")
     total = 2.0 * E * C * (3 if embeddings_learn_below else 1) if model.embedding else 0.0
     runs = expected_layers(stage) if gates is None else [float(gate > 0) for gate in gates]
@@ -229,12 +249,18 @@ def flops_per_token(config: TrainConfig, stage: Stage, gates: Sequence[float] | 
     decoder_learns = stage.embeddings != "freeze"
     total += data.mask_rate * (3 * transform + (3 if decoder_learns else 2) * decoder)
     if model.objective != "mlm":
-        total += 3 * (2.0 * C * C + 4.0 * C) / data.seq_len  # pooler and the pair classifier, once a sequence
+        total += 3 * (2.0 * C * C + 4.0 * C) / S  # pooler and the pair classifier, once a sequence
     return total
 
 
 def flops_per_step(config: TrainConfig, span: Span) -> float:
-    return flops_per_token(config, span.stage) * config.data.batch_tokens
+    """In the mean over the steps of `span`."""
+    return span_flops(span) * config.data.batch_tokens
+
+
+def span_flops(span: Span) -> float:
+    """`flops_per_token` in the mean over the steps of `span`."""
+    return _mean_over_steps(span, {S: flops_per_token(span.config, span.stage, seq_len=S) for S, _ in span.lengths})
 
 
 def baseline_stage(config: TrainConfig) -> Stage:
@@ -313,8 +339,8 @@ def _head_flops(C: int, E: int, V: int, mask_rate: float) -> float:
 def cost_table(config: TrainConfig, seconds_per_step: Sequence[float] | None = None) -> str:
     """What the run will do and cost, a line a stage; with measured seconds per step (one a stage), beside them.
 
-    `layers` is the cost of a step relative to one of the whole model by `step_cost` with the head, `FLOPs` the same by
-    `flops_per_token`, `share` the stage's part of all FLOPs.
+    `layers` is the cost of a step relative to one of the whole model (with samples of data.seq_len tokens) by `step_cost` with the head,
+    `FLOPs` the same by `flops_per_token`, `share` the stage's part of all FLOPs.
     """
     spans = plan(config)
     if seconds_per_step is not None and len(seconds_per_step) != len(spans):
@@ -323,8 +349,8 @@ def cost_table(config: TrainConfig, seconds_per_step: Sequence[float] | None = N
         )
     full = baseline_stage(config)
     full_flops = flops_per_token(config, full)
-    flops = [flops_per_token(config, span.stage) for span in spans]
-    simple = [relative_step_cost(config, span.stage) for span in spans]
+    flops = [span_flops(span) for span in spans]
+    simple = [span_cost(span) for span in spans]
     total = sum(f * span.stage.steps for f, span in zip(flops, spans, strict=True))
 
     header = ["stage", "name", "steps", "depth", "train from", "trainable", "layers", "FLOPs", "share"]
@@ -354,10 +380,24 @@ def cost_table(config: TrainConfig, seconds_per_step: Sequence[float] | None = N
         for row, seconds in zip(rows, seconds_per_step, strict=True):
             row += [f"{1e3 * seconds:.1f}", f"{seconds / whole[-1]:.3f}" if whole else "-"]
 
-    by_layers = config.steps / sum(cost * span.stage.steps for cost, span in zip(simple, spans, strict=True))
-    by_flops = config.steps * full_flops / total
+    if config.short_steps:
+        header.insert(3, "seq len")
+        for row, span in zip(rows, spans, strict=True):
+            row.insert(3, "-".join(str(seq_len) for seq_len, _ in span.lengths))
+    ordinary = Span(full, 0, 0, config.steps, config)  # with the same lengths
+    by_layers = (
+        config.steps * span_cost(ordinary) / sum(c * span.stage.steps for c, span in zip(simple, spans, strict=True))
+    )
+    by_flops = config.steps * span_flops(ordinary) / total
+    data, lengths = config.data, []
+    if config.short_steps:
+        lengths = [
+            f"samples of up to {data.short_seq_len} tokens in steps 0-{config.short_steps}, then of up to {data.seq_len}: "
+            f"{total / sum(flops_per_token(config, s.stage) * s.stage.steps for s in spans):.2f} of the FLOPs of {data.seq_len} throughout"
+        ]
     return "\n".join([
         *_aligned([header, *rows]),
+        *lengths,
         f"predicted speed-up over training all layers for as many steps: {by_layers:.2f}x by layers (b = {BACKWARD:g}, "
         f"head = {head_cost(config.model, config.data):.3f} layer forwards), {by_flops:.2f}x by FLOPs",
         f"total: {config.steps} steps, {config.steps * config.data.batch_tokens:,} tokens, {total * config.data.batch_tokens:.2e} FLOPs",

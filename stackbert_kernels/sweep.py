@@ -24,7 +24,7 @@ from stackbert_kernels.compare.comparison import compare, evaluated_otherwise
 from stackbert_kernels.compare.output import write
 from stackbert_kernels.config import ConfigError, TrainConfig, differences, from_dict, to_dict
 from stackbert_kernels.data.prepare import is_prepared, load_manifest, prepare
-from stackbert_kernels.plan import relative_step_cost
+from stackbert_kernels.plan import plan, span_cost
 from stackbert_kernels.recipes import NEED_SOURCE, RECIPES
 from stackbert_kernels.train.budget import PROBE_STEPS, TIMED_STEPS, enough, steps_that_fit, timing_of
 from stackbert_kernels.train.run_directory import DATA, METRICS, check, read_metrics, write_json
@@ -185,7 +185,7 @@ def outline(sweep: Sweep) -> str:
     rows = [["recipe", "rate", "runs", "minutes each", "stages", "a step costs", "steps"]]
     for method in sweep.methods:
         config = sweep.config(method, PROBE_STEPS)
-        cost = sum(relative_step_cost(config, s) * s.steps for s in config.stages) / config.steps
+        cost = sum(span_cost(span) * span.stage.steps for span in plan(config)) / config.steps
         steps = f"{known[method]['config'].steps:,}" if method in known else "as many as fit"
         rows.append([method, f"{config.optim.lr:g}", str(sweep.seeds), f"{sweep.seconds / 60:g}", str(len(config.stages)),
                      f"{cost:.2f} of a full one", steps])  # fmt: skip

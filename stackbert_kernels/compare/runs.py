@@ -15,11 +15,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import astuple, dataclass
+from dataclasses import astuple, dataclass, replace
 from pathlib import Path
 
 from stackbert_kernels.config import ConfigError, TrainConfig, from_dict, to_dict
-from stackbert_kernels.plan import head_cost, layer_flops, relative_step_cost, step_cost
+from stackbert_kernels.plan import head_cost, layer_flops, plan, span_cost, step_cost
 from stackbert_kernels.train.run_directory import CONFIG, DATA, METRICS, read_metrics
 from stackbert_kernels.train.run_facts import Facts, number, read_facts
 
@@ -125,7 +125,7 @@ def _facts(directory: Path) -> tuple[Facts, TrainConfig]:
 
 def _curve(facts: Facts, config: TrainConfig, counting: str) -> tuple[Point, ...]:
     """Evaluations with a finite loss. Each stage ends with an evaluation, so what is spent between two is of one stage."""
-    points, flops, tokens = [], 0.0, 0.0
+    points, flops, tokens, done = [], 0.0, 0.0, 0
     for event in facts.evals:
         here = {name: number(event, name) for name in (*MEASURES, "stage")}
         if None in here.values() or not 0 <= here["stage"] < len(config.stages):
@@ -134,8 +134,9 @@ def _curve(facts: Facts, config: TrainConfig, counting: str) -> tuple[Point, ...
         if COUNTINGS[counting] is None:
             flops = here["flops"]
         else:
-            flops += (here["tokens"] - tokens) * _layer_model(config, stage, COUNTINGS[counting])
-        tokens = here["tokens"]
+            since = range(done, int(event["step"]))
+            flops += (here["tokens"] - tokens) * _layer_model(config, stage, since, COUNTINGS[counting])
+        tokens, done = here["tokens"], int(event["step"])
         loss = number(event, "eval_loss")
         if loss is not None:
             spent = Spent(flops, tokens, here["seconds"])
@@ -143,11 +144,11 @@ def _curve(facts: Facts, config: TrainConfig, counting: str) -> tuple[Point, ...
     return tuple(points)
 
 
-def _layer_model(config: TrainConfig, stage: int, backward: float) -> float:
-    """FLOPs that a step of a stage spends on a token if a layer's backward costs `backward` of its forwards."""
+def _layer_model(config: TrainConfig, stage: int, steps: range, backward: float) -> float:
+    """FLOPs that `steps` of a stage spend on a token, in the mean, if a layer's backward costs `backward` of its forwards."""
     whole = step_cost(config.model.layers, 0, head=head_cost(config.model, config.data), backward=backward)
-    share = relative_step_cost(config, config.stages[stage], backward=backward)
-    return share * whole * layer_flops(config)
+    span = replace(plan(config)[stage], first=steps.start, last=max(steps.stop, steps.start + 1))
+    return span_cost(span, backward=backward) * whole * layer_flops(config)
 
 
 def _unfinished(facts: Facts, config: TrainConfig, curve: Sequence[Point]) -> str | None:

@@ -65,6 +65,10 @@ class TrainConfig:
             f"seq_len must be <= max_position, got seq_len {self.data.seq_len}, max_position {self.model.max_position}",
         )
         require(
+            self.data.short_seq_len == 0 or 0 < self.short_steps < self.steps,
+            f"steps must leave both lengths (short_share {self.data.short_share:g}) at least 1, got steps {self.steps}",
+        )
+        require(
             self.optim.warmup < self.steps,
             f"warmup must be < steps, got warmup {self.optim.warmup}, steps {self.steps}",
         )
@@ -81,3 +85,12 @@ class TrainConfig:
             self.model.norm == "pre" or all(stage.drop.keep == 1 for stage in self.stages),
             f"layers can be left out of a pre-norm encoder: norm must be 'pre' with drop, got {self.model.norm!r}",
         )
+
+    @property
+    def short_steps(self) -> int:
+        """The first steps of the run, whose samples have at most data.short_seq_len tokens."""
+        return round(self.data.short_share * self.steps) if self.data.short_seq_len else 0
+
+    def seq_len(self, step: int) -> int:
+        """Most tokens of a sample of `step`."""
+        return self.data.short_seq_len if step < self.short_steps else self.data.seq_len

@@ -96,6 +96,11 @@ class DataConfig:
     """Whether words lose case and accents; a given tokenizer.json has its own rules."""
     seq_len: int = 128
     """Most tokens of a sample, [CLS] and [SEP] included."""
+    short_seq_len: int = 0
+    """The same for the first steps of the run, short_share of them (BERT: 128 of 512 in 90%); 0 = seq_len from the first step on.
+    Held-out samples always have seq_len."""
+    short_share: float = 0.9
+    """With short_seq_len: the share of all steps that have it."""
     batch_tokens: int = 2048
     """Tokens of one step, over all accumulated parts; no padding is counted because there is none."""
     mask_rate: float = 0.15
@@ -115,6 +120,15 @@ class DataConfig:
         require(
             self.batch_tokens >= self.seq_len,
             f"batch_tokens must be >= seq_len, got batch_tokens {self.batch_tokens}, seq_len {self.seq_len}",
+        )
+        require(
+            self.short_seq_len == 0 or 8 <= self.short_seq_len < self.seq_len,
+            f"short_seq_len must be 0 or in [8, seq_len), got short_seq_len {self.short_seq_len}, seq_len {self.seq_len}",
+        )
+        require(0 < self.short_share < 1, f"short_share must be in (0, 1), got {self.short_share}")
+        require(
+            self.short_seq_len > 0 or self.short_share == DataConfig.short_share,
+            f"short_share needs short_seq_len, got short_share {self.short_share} without it",
         )
         positive(train_vocab_size=self.train_vocab_size, eval_tokens=self.eval_tokens)
         require(1 <= self.max_ngram <= 16, f"max_ngram must be in [1, 16], got {self.max_ngram}")

@@ -67,6 +67,8 @@ def cut(lengths: np.ndarray, n: int) -> list[slice]:
 class Batches:
     """The batches of one split; `batches[step]` is a pure function of (seed, step).
 
+    Samples of the first `short_steps` steps have at most data.short_seq_len tokens; both lengths have their own line of tokens, which
+    each enters at its place `step * batch_tokens`.
     `unigram_entropy` (nats) and `unigram_accuracy` are what the training tokens' distribution alone reaches on held-out tokens:
     a model that uses context must be below the one and above the other.
     """
@@ -80,6 +82,7 @@ class Batches:
         split: str = "train",
         rank: int = 0,
         world_size: int = 1,
+        short_steps: int = 0,
     ):
         if objective not in OBJECTIVES:
             raise ConfigError(f"objective must be one of {', '.join(OBJECTIVES)}, got {objective!r}")
@@ -89,7 +92,7 @@ class Batches:
             raise ValueError(f"rank must be in [0, {world_size}), got {rank}")
         if not 0 <= seed < 2**63:
             raise ConfigError(f"seed must be in [0, 2^63), got {seed}")
-        self._arguments = (directory, data, objective, seed, split, rank, world_size)
+        self._arguments = (directory, data, objective, seed, split, rank, world_size, short_steps)
         directory = Path(directory)
         manifest = prepare.load_manifest(directory)
         prepare.require_tokens(manifest, data.seq_len)
@@ -122,16 +125,24 @@ class Batches:
         self._shard_starts = np.cumsum([0] + [s["tokens"] for s in shards])
         self._sentences = np.load(directory / f"{split}.sentences.npy", mmap_mode="r").view(np.ndarray)
         self._orders: dict[int, tuple[np.ndarray, np.ndarray]] = {}
+        self._short_steps, self._short = short_steps, None
+        if short_steps:
+            shorter = replace(data, seq_len=data.short_seq_len, short_seq_len=0, short_share=DataConfig.short_share)
+            self._short = Batches(directory, shorter, objective, seed, split, rank, world_size)
 
     def __reduce__(self):
         return Batches, self._arguments
 
     def __getitem__(self, step: int) -> Batch:
+        if 0 <= step < self._short_steps:
+            return self._short[step]
         epochs, samples = self._mine(step)
         return self._build(epochs, samples)
 
     def parts(self, step: int, n: int) -> list[Batch]:
         """The samples of `self[step]` in n batches of near-equal tokens; fewer where there are fewer than n samples."""
+        if 0 <= step < self._short_steps:
+            return self._short.parts(step, n)
         epochs, samples = self._mine(step)
         return [self._build(epochs[s], samples[s]) for s in cut(self._lengths[samples], n) if s.start < s.stop]
 

@@ -9,11 +9,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from stackbert_kernels.config import ConfigError, TrainConfig
+from stackbert_kernels.plan import plan
 
 TIMED_STEPS = 30
 FEWEST_STEPS = 20
 """With fewer, a schedule is no schedule."""
 LOW_RATE = 1e-6
+BOTH_LENGTHS = 4
+"""So many times the steps where two lengths are to be timed: the rarer one of the stage is timed by a few at least."""
 PROBE_STEPS = 1000
 """The run that is cut short to be timed: long enough for the stages of every recipe."""
 
@@ -24,16 +27,22 @@ Recipe = Callable[[int], TrainConfig]
 def timing_of(recipe: Recipe, timed: int = TIMED_STEPS) -> TrainConfig:
     """A run that spends `timed` steps in each stage; the `stage_seconds` that training returns for it are what steps take.
 
-    Its rate is so low that it cannot diverge before the warm-up that it has no time for; a rate takes no time.
+    Its rate is so low that it cannot diverge before the warm-up that it has no time for; a rate takes no time. Where the length of samples
+    changes inside a stage, that has more steps, and as large a share of each length as in the run.
     """
     shape = recipe(PROBE_STEPS)
-    plain = {"steps": timed, "lr_policy": "global", "lr_curve": (), "rewarm": 0}
-    stages = tuple(replace(stage, **plain) for stage in shape.stages)
-    steps = timed * len(stages)
+    stages, short = [], 0
+    for span in plan(shape):
+        steps = timed if len(span.lengths) == 1 else BOTH_LENGTHS * timed
+        part = (min(shape.short_steps, span.last) - span.first) / span.stage.steps
+        short += min(max(round(steps * part), 1), steps - 1) if 0 < part < 1 else steps * (part >= 1)
+        stages.append(replace(span.stage, steps=steps, lr_policy="global", lr_curve=(), rewarm=0))
+    steps = sum(stage.steps for stage in stages)
     return replace(
         shape,
         steps=steps,
-        stages=stages,
+        stages=tuple(stages),
+        data=replace(shape.data, short_share=short / steps) if shape.short_steps else shape.data,
         eval_every=steps,
         checkpoint_every=steps,
         optim=replace(shape.optim, lr=LOW_RATE, warmup=1),

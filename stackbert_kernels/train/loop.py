@@ -35,7 +35,7 @@ from stackbert_kernels.growth.multi_level import Kept, reshape
 from stackbert_kernels.growth.share import gradient_cosines, part_layers, parted
 from stackbert_kernels.growth.source import begin
 from stackbert_kernels.model.bert import Bert
-from stackbert_kernels.plan import Span, bank_rows, flops_per_token, plan, relative_step_cost, span_at
+from stackbert_kernels.plan import Span, bank_rows, flops_per_token, plan, span_at, span_cost
 from stackbert_kernels.train import checkpoint
 from stackbert_kernels.train.console import Console
 from stackbert_kernels.train.export import export, exportable, exported
@@ -65,6 +65,7 @@ class State:
         default_factory=lambda: {"loss": 0.0, "steps": 0, "tokens": 0, "seconds": 0.0, "skipped": 0}
     )
     stage_seconds: list[list[float]] = field(default_factory=list)
+    """One list a stage so far; two for a stage in which the length of samples changes."""
     eval: dict[str, float] = field(default_factory=dict)
 
 
@@ -94,7 +95,7 @@ def _execute(run: Run, progress: bool) -> dict:
 
     with Console(config.steps, shown=progress) as console:
         model, optimizer, state, kept = _restore(run, device, console)
-        batches = Batches(run.data, config.data, config.model.objective, config.seed)
+        batches = Batches(run.data, config.data, config.model.objective, config.seed, short_steps=config.short_steps)
         held_out = [batch.to(device) for batch in heldout(run.data, config.data, config.model.objective, config.seed)]
         stream = batches.prefetch(state.step, config.optim.accumulate)
         with closing(stream), closing(Metrics(run.metrics)) as metrics, _stop_signals() as stopped_by:
@@ -114,11 +115,13 @@ def _execute(run: Run, progress: bool) -> dict:
                     state.stage_seconds.append([])
                     if span.grows:
                         log(span, "growth", operator=stage.grow, **growth)
-                    predicted = relative_step_cost(config, stage)
+                    predicted = span_cost(span)
                     log(span, "stage", name=span.name, steps=stage.steps, predicted_cost=predicted, kernels=kernels)
                     console.stage(span, len(spans), predicted)
 
                 for step in range(state.step, span.last):
+                    if step == config.short_steps > span.first:
+                        state.stage_seconds.append([])  # a step takes another time from here on
                     started = time.perf_counter()
                     parts = next(stream)
                     lr, gates = span.lr(step), span.gates(step)
@@ -129,7 +132,8 @@ def _execute(run: Run, progress: bool) -> dict:
                         model, optimizer, [p.to(device) for p in parts], step, lr, config, gates
                     )
                     tokens, seconds = sum(p.tokens for p in parts), time.perf_counter() - started
-                    _count(state, span, loss, tokens, flops_per_token(config, window, gates), seconds, skipped)
+                    cost = flops_per_token(config, window, gates, config.seq_len(step))
+                    _count(state, loss, tokens, cost, seconds, skipped)
                     if span.stage.untie.due(state.step):
                         span = _read_gradients(model, optimizer, span, parts, state, config, log)
                         stage = window = span.stage
@@ -160,7 +164,7 @@ def _execute(run: Run, progress: bool) -> dict:
                     if ends and state.step < config.steps:
                         return _stopped(run, state, path, stopped_by[0])
 
-            seconds = [statistics.median(s) for s in state.stage_seconds]
+            seconds = _stage_seconds(state, config)
             if exportable(run, console):
                 export(run, model)
             log(spans[-1], "end", **state.eval, stage_seconds=seconds, skipped=state.skipped)
@@ -227,7 +231,7 @@ class _Log:
         self.metrics.append(event, **place, **spent, **values)
 
 
-def _count(state: State, span: Span, loss: float, tokens: int, cost: float, seconds: float, skipped: bool) -> None:
+def _count(state: State, loss: float, tokens: int, cost: float, seconds: float, skipped: bool) -> None:
     state.step += 1
     state.tokens += tokens
     state.flops += cost * tokens
@@ -240,7 +244,20 @@ def _count(state: State, span: Span, loss: float, tokens: int, cost: float, seco
     if math.isfinite(loss):
         state.since_log["loss"] += loss
         state.since_log["steps"] += 1
-    state.stage_seconds[span.index] = [*state.stage_seconds[span.index][1 - TIMED_STEPS :], seconds]
+    state.stage_seconds[-1] = [*state.stage_seconds[-1][1 - TIMED_STEPS :], seconds]
+
+
+def _stage_seconds(state: State, config: TrainConfig) -> list[float]:
+    """Of each stage so far: how long a step takes, the median; where the length of samples changes in it, the mean over both lengths."""
+    medians, seconds = iter([statistics.median(s) for s in state.stage_seconds]), []
+    for span in plan(config):
+        lengths = [(each, steps) for (_, steps), each in zip(span.lengths, medians, strict=False)]
+        if not lengths:
+            break
+        seconds.append(lengths[0][0])
+        if len(lengths) > 1:
+            seconds[-1] = sum(each * steps for each, steps in lengths) / sum(steps for _, steps in lengths)
+    return seconds
 
 
 def _mean_loss(state: State) -> float:
@@ -312,7 +329,8 @@ def _read_gradients(
     started, device = time.perf_counter(), model.word.device
     parts = [p.to(device) for p in parts]
     cosines = gradient_cosines(model, lambda: _backward(model, parts, state.step - 1, config))
-    state.flops += flops_per_token(config, span.stage) * sum(p.tokens for p in parts)
+    cost = flops_per_token(config, span.stage, seq_len=config.seq_len(state.step - 1))
+    state.flops += cost * sum(p.tokens for p in parts)
     before = model.rows
     rows, state.low_readings = part_layers(before, cosines, state.low_readings, span.stage.untie)
     if rows != before:
@@ -438,7 +456,7 @@ def _figures(run: Run, state: State) -> dict:
         "seconds": state.seconds,
         "skipped": state.skipped,
         **state.eval,
-        "stage_seconds": [statistics.median(s) for s in state.stage_seconds],
+        "stage_seconds": _stage_seconds(state, run.config),
     }
 
 
