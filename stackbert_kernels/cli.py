@@ -37,6 +37,7 @@ from stackbert_kernels.recipes import (
     RECIPES,
     AlbertOptions,
     Bert2bertOptions,
+    CoreOptions,
     IncrementalOptions,
     MsltOptions,
     MultiLevelOptions,
@@ -57,6 +58,14 @@ Json = Annotated[Flag, arg(help="Print the result as one JSON object on stdout."
 class _Data(DataConfig):
     text: Texts = field()
     """Text files, globs, directories, .jsonl with a `text` field, or one prepared directory."""
+
+
+@dataclass(frozen=True)
+class _Model(ModelConfig):
+    """What is of single stages is the recipe's to say."""
+
+    rank: Suppress[int] = 0
+    score_dim: Suppress[int] = 0
 
 
 @dataclass(frozen=True)
@@ -86,13 +95,14 @@ class Pretrain(TrainConfig):
     """The training method: baseline (all layers from the start), mslt (multi-stage layerwise training), stacking (a shallow encoder copied
     on top of itself), incremental (new layers alone, then all), share_then_unshare (layers share weights at first), albert (they
     share them throughout), progressive_layer_dropping (steps leave out layers at random),
-    bert2bert (from a smaller model, --source), multi_level (down to a smaller model and back)."""
+    bert2bert (from a smaller model, --source), multi_level (down to a smaller model and back),
+    core (low-rank layers first)."""
     dry_run: Flag = False
     """Print stages and predicted cost, then stop."""
     fresh: Flag = False
     """Start over: remove what an earlier run wrote to --out."""
     json: Json = False
-    model: OmitArgPrefixes[ModelConfig]
+    model: OmitArgPrefixes[_Model]
     data: OmitArgPrefixes[_Data]
     optim: OmitArgPrefixes[OptimConfig]
     stages: Suppress[tuple[Stage, ...]] = ()
@@ -104,13 +114,15 @@ class Pretrain(TrainConfig):
     progressive_layer_dropping: ProgressiveLayerDroppingOptions = field(default_factory=ProgressiveLayerDroppingOptions)
     bert2bert: Bert2bertOptions = field(default_factory=Bert2bertOptions)
     multi_level: MultiLevelOptions = field(default_factory=MultiLevelOptions)
+    core: CoreOptions = field(default_factory=CoreOptions)
 
     def __post_init__(self):
         """Checked by `config`: the recipe may make the stages that these settings need."""
 
     def config(self) -> TrainConfig:
         """The configuration that these options name, with the recipe's stages."""
-        settings = {f.name: getattr(self, f.name) for f in fields(TrainConfig)} | {"data": _plain(self.data)}
+        settings = {f.name: getattr(self, f.name) for f in fields(TrainConfig)}
+        settings |= {"model": _plain(self.model, ModelConfig), "data": _plain(self.data, DataConfig)}
         for name, (_, options) in RECIPES.items():
             if name != self.recipe and getattr(self, name, options()) != options():
                 raise ConfigError(
@@ -153,7 +165,7 @@ class _Sweep(TrainConfig):
     """Start over: remove what an earlier sweep wrote to --out."""
     json: Json = False
     data: OmitArgPrefixes[_Data]
-    model: OmitArgPrefixes[ModelConfig]
+    model: OmitArgPrefixes[_Model]
     optim: OmitArgPrefixes[_SharedOptim]
     steps: Suppress[int] = TrainConfig.steps
     stages: Suppress[tuple[Stage, ...]] = ()
@@ -168,9 +180,9 @@ class _Sweep(TrainConfig):
 
     def base(self) -> TrainConfig:
         """What all runs share; the rate is set for each method."""
-        optim = OptimConfig(**{f.name: getattr(self.optim, f.name) for f in fields(OptimConfig)})
         settings = {f.name: getattr(self, f.name) for f in fields(TrainConfig)}
-        return TrainConfig(**settings | {"data": _plain(self.data), "optim": optim})
+        sections = {"model": ModelConfig, "data": DataConfig, "optim": OptimConfig}
+        return TrainConfig(**settings | {name: _plain(getattr(self, name), cls) for name, cls in sections.items()})
 
     def rates(self, recipes: Sequence[str]) -> dict[str, float]:
         """The highest rate of each recipe: its own, or that of all."""
@@ -363,8 +375,9 @@ def _print(result: dict) -> None:
     print(json.dumps(result, indent=1))
 
 
-def _plain(data: DataConfig) -> DataConfig:
-    return DataConfig(**{f.name: getattr(data, f.name) for f in fields(DataConfig)})
+def _plain(section, cls):
+    """The section of a configuration, of its own class, that one of the command line's classes holds."""
+    return cls(**{f.name: getattr(section, f.name) for f in fields(cls)})
 
 
 # Commands. What is slow to load is loaded inside, once everything that can be refused without it has been looked at.
@@ -479,7 +492,9 @@ def _compare(command: Compare) -> int:
 def _prepare(command: Prepare) -> int:
     from stackbert_kernels.data.prepare import load_manifest, prepare
 
-    directory = prepare(command.data.text, command.out, _plain(command.data), workers=command.workers or None)
+    directory = prepare(
+        command.data.text, command.out, _plain(command.data, DataConfig), workers=command.workers or None
+    )
     manifest = load_manifest(directory)
     result = {"out": str(directory), "vocab_size": manifest["vocab_size"]}
     result |= {

@@ -1,6 +1,6 @@
 """TrainConfig -> the spans that the loop executes, and what they cost. Pure: nothing here reads a file, a clock or a tensor.
 
-C hidden, E width of the embeddings, I inner, L layers, S tokens of a sequence, V vocabulary, b cost of a backward over that of its forward.
+C hidden, E width of the embeddings, I inner, L layers, r rank, S tokens of a sequence, V vocabulary, b cost of a backward over that of its forward.
 """
 
 from __future__ import annotations
@@ -177,13 +177,13 @@ def head_cost(model: ModelConfig, data: DataConfig, seq_len: int = 0) -> float:
     """Forward of the masked-LM head in forwards of one layer: its matrices see only the masked tokens. `seq_len` 0 = data's."""
     vocab = vocab_size(model, data)
     return _head_flops(model.hidden, model.embedding_width, vocab, data.mask_rate) / _layer_flops(
-        model.hidden, model.inner, seq_len or data.seq_len
+        model, seq_len or data.seq_len
     )
 
 
 def layer_flops(config: TrainConfig) -> float:
     """Matrix-product FLOPs of one layer's forward on a token: what one unit of `step_cost` is worth."""
-    return _layer_flops(config.model.hidden, config.model.inner, config.data.seq_len)
+    return _layer_flops(config.model, config.data.seq_len)
 
 
 def relative_step_cost(config: TrainConfig, stage: Stage, *, backward: float = BACKWARD, seq_len: int = 0) -> float:
@@ -194,7 +194,7 @@ def relative_step_cost(config: TrainConfig, stage: Stage, *, backward: float = B
     model, data, S = stage_model(config.model, stage), config.data, seq_len or config.data.seq_len
     head = head_cost(model, data, S)
     costs = [step_cost(sum(expected_layers(s)), s.train_from, head=head, backward=backward) for s in submodels(stage)]
-    layer = _layer_flops(model.hidden, model.inner, S) / layer_flops(config)  # in layers of the whole model
+    layer = _layer_flops(model, S) / layer_flops(config)  # in layers of the whole model
     whole = step_cost(config.model.layers, 0, head=head_cost(config.model, data), backward=backward)
     return layer * sum(costs) / len(costs) / whole
 
@@ -220,8 +220,9 @@ def flops_per_token(config: TrainConfig, stage: Stage, gates: Sequence[float] | 
 
     A product counts 2 FLOPs a multiply-add, attention 4 S C a token forward and twice that backward, with S = seq_len (packed
     samples are nearly full). Counted as the model executes it: the last layer is evaluated only where the heads read it once its
-    attention is done; layers below the window have no backward (with embeddings = full: the gradient of their input alone); the
-    first layer of a detached window needs no gradient of its input; a frozen word embedding needs none as decoder.
+    attention is done; narrow queries and keys are multiplied at the values' width; layers below the window have no backward (with
+    embeddings = full: the gradient of their input alone); the first layer of a detached window needs no gradient of its input; a frozen
+    word embedding needs none as decoder.
     Attention's recomputation of its probabilities in the backward, element-wise work and embedding look-ups are not counted. Of a stage
     with submodels, the mean over these.
     """
@@ -229,9 +230,9 @@ def flops_per_token(config: TrainConfig, stage: Stage, gates: Sequence[float] | 
         windows = submodels(stage)
         return sum(flops_per_token(config, window, seq_len=seq_len) for window in windows) / len(windows)
     model, data, S = stage_model(config.model, stage), config.data, seq_len or config.data.seq_len
-    C, E, I = model.hidden, model.embedding_width, model.inner  # noqa: E741
+    C, E = model.hidden, model.embedding_width
     rows = data.mask_rate + (0.0 if model.objective == "mlm" else 1.0 / S)  # of a token: where the heads read
-    qkv, attention, rest = 6.0 * C * C, 4.0 * S * C, 2.0 * C * C + 4.0 * C * I
+    qkv, attention, rest = _part_flops(model, S)
     embeddings_learn_below = stage.embeddings in ("train", "full")
     total = 2.0 * E * C * (3 if embeddings_learn_below else 1) if model.embedding else 0.0
     runs = expected_layers(stage) if gates is None else [float(gate > 0) for gate in gates]
@@ -297,14 +298,20 @@ def layer_parameters(model: ModelConfig) -> int:
 
 def attention_parameters(model: ModelConfig) -> int:
     """Of one layer, its norm included."""
-    C = model.hidden
-    return 4 * (C * C + C) + 2 * C
+    C, qkv = model.hidden, sum(model.qkv_widths)
+    return qkv * (C + 1) + (C * C + C) + 2 * C
 
 
 def feed_forward_parameters(model: ModelConfig) -> int:
     """Of one layer, its norm included."""
     C, I = model.hidden, model.inner  # noqa: E741
-    return (2 * C * I + I + C) + 2 * C
+    return 2 * _product_size(model) + I + C + 2 * C
+
+
+def _product_size(model: ModelConfig) -> int:
+    """Parameters of one of the two feed-forward matrices, each C x I, or r (C + I) as a product of rank r: multiply-adds on a token, too."""
+    C, I = model.hidden, model.inner  # noqa: E741
+    return model.rank * (C + I) if model.rank else C * I
 
 
 def embedding_parameters(model: ModelConfig, vocab: int) -> int:
@@ -325,8 +332,14 @@ def vocab_size(model: ModelConfig, data: DataConfig) -> int:
     return model.vocab_size or data.train_vocab_size
 
 
-def _layer_flops(C: int, I: int, S: int) -> float:  # noqa: E741
-    return 8.0 * C * C + 4.0 * C * I + 4.0 * S * C
+def _part_flops(model: ModelConfig, S: int) -> tuple[float, float, float]:
+    """Of a layer's forward on a token: the projections into attention, attention, and what comes after it."""
+    C = model.hidden
+    return 2.0 * C * sum(model.qkv_widths), 4.0 * S * C, 2.0 * C * C + 4.0 * _product_size(model)
+
+
+def _layer_flops(model: ModelConfig, S: int) -> float:
+    return sum(_part_flops(model, S))
 
 
 def _head_flops(C: int, E: int, V: int, mask_rate: float) -> float:

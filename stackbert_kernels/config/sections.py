@@ -24,6 +24,10 @@ class ModelConfig:
     """Attention heads; hidden must be divisible by them."""
     inner: int = 0
     """Width of the feed-forward layer; 0 = 4 x hidden."""
+    rank: int = 0
+    """Each matrix of the feed-forward layer is the product of two of this rank; 0 = one matrix. Of single stages: Stage.rank."""
+    score_dim: int = 0
+    """Width of a head's queries and keys; 0 = that of its values, hidden / heads. Of single stages: Stage.score_dim."""
     embedding: int = 0
     """Width of the embeddings, with a linear map to hidden after them (ALBERT); 0 = hidden, with none."""
     vocab_size: int = 0
@@ -66,6 +70,14 @@ class ModelConfig:
         one_of("objective", self.objective, OBJECTIVES)
         if self.inner == 0:
             object.__setattr__(self, "inner", 4 * self.hidden)
+        require(
+            0 <= self.rank < min(self.hidden, self.inner),
+            f"rank must be in [0, {min(self.hidden, self.inner)}) with hidden {self.hidden}, inner {self.inner}, got {self.rank}",
+        )
+        require(
+            0 <= self.score_dim < self.head_dim,
+            f"score_dim must be in [0, hidden / heads = {self.head_dim}), got {self.score_dim}",
+        )
         if self.attention_dropout is None:
             object.__setattr__(self, "attention_dropout", self.dropout)
         # Masks take 8 random bits an element (contract 3.3): from 511/512 on, nothing would be kept.
@@ -76,6 +88,17 @@ class ModelConfig:
     @property
     def head_dim(self) -> int:
         return self.hidden // self.heads
+
+    @property
+    def relaxed(self) -> bool:
+        """Whether layers are less than BERT's: a feed-forward of low rank, or narrow scores."""
+        return self.rank > 0 or self.score_dim > 0
+
+    @property
+    def qkv_widths(self) -> tuple[int, int, int]:
+        """Of queries, keys and values, over all heads."""
+        scores = self.heads * (self.score_dim or self.head_dim)
+        return scores, scores, self.hidden
 
     @property
     def embedding_width(self) -> int:

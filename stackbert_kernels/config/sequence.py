@@ -14,8 +14,12 @@ UNSHARE = "unshare"
 """What Stage.grow says where layers that read one row of the bank get rows of their own (growth/share.py)."""
 FROM_SOURCE = ("fpi", "aki")
 """The names of growth/width.py's ways to begin with a smaller model's weights."""
-RESHAPES = ("coalesce", "decoalesce")
+LEVELS = ("coalesce", "decoalesce")
 """What Stage.grow says where all axes of the model change at once (growth/multi_level.py)."""
+REFINE = "refine"
+"""What Stage.grow says where relaxed layers (Stage.rank, .score_dim) become whole (growth/refine.py)."""
+RESHAPES = (*LEVELS, REFINE)
+"""What makes a new model and a new optimizer."""
 
 
 def check_unsharing(old: Stage, new: Stage, *, where: str = "") -> None:
@@ -44,7 +48,7 @@ def check_stages(stages: tuple[Stage, ...], layers: int, steps: int) -> None:
     )
     for i, stage in enumerate(stages):
         before, where = stages[max(0, i - 1)], f"stages[{i}]: "
-        if stage.grow in RESHAPES:
+        if stage.grow in LEVELS:
             depth = stage.depth
             continue
         require(stage.depth >= depth, f"{where}depth {depth} -> {stage.depth} would drop layers")
@@ -59,7 +63,7 @@ def check_stages(stages: tuple[Stage, ...], layers: int, steps: int) -> None:
             require(stage.grow == UNSHARE, f"{where}rows change, which needs grow={UNSHARE!r}, got grow={stage.grow!r}")
             check_unsharing(before, stage, where=where)
         elif i > 0:
-            require(stage.grow is None, f"{where}depth stays {depth}, got grow={stage.grow!r}")
+            require(stage.grow in (None, REFINE), f"{where}depth stays {depth}, got grow={stage.grow!r}")
         depth = stage.depth
     require(
         depth == layers, f"stages[{len(stages) - 1}]: the last stage must reach all {layers} layers, got depth {depth}"
@@ -70,9 +74,11 @@ def check_stages(stages: tuple[Stage, ...], layers: int, steps: int) -> None:
 
 def stage_model(model: ModelConfig, stage: Stage) -> ModelConfig:
     """The run's `model` in the shape that it has in `stage`."""
-    if stage.hidden == 0:
-        return model
-    return replace(model, layers=stage.depth, hidden=stage.hidden, heads=stage.heads, inner=stage.inner)
+    if stage.hidden:
+        model = replace(model, layers=stage.depth, hidden=stage.hidden, heads=stage.heads, inner=stage.inner)
+    if stage.rank or stage.score_dim:
+        model = replace(model, rank=stage.rank, score_dim=stage.score_dim)
+    return model
 
 
 def check_levels(stages: tuple[Stage, ...], model: ModelConfig) -> None:
@@ -82,9 +88,13 @@ def check_levels(stages: tuple[Stage, ...], model: ModelConfig) -> None:
     require(before.hidden == 0, f"stages[0]: the run begins with its own width, got hidden {before.hidden}")
     for i, stage in enumerate(stages):
         old, new, where = stage_model(model, before), stage_model(model, stage), f"stages[{i}]: "
-        if stage.grow not in RESHAPES:
+        if old.relaxed or new.relaxed or stage.grow == REFINE:
+            _check_relaxed(before, stage, old, new, where)
+            before = stage
+            continue
+        if stage.grow not in LEVELS:
             require(
-                old == new, f"{where}the width changes by grow={' or '.join(map(repr, RESHAPES))}, got {stage.grow!r}"
+                old == new, f"{where}the width changes by grow={' or '.join(map(repr, LEVELS))}, got {stage.grow!r}"
             )
             before = stage
             continue
@@ -102,6 +112,38 @@ def check_levels(stages: tuple[Stage, ...], model: ModelConfig) -> None:
             require(wanted == new, f"{where}decoalesce must lead back to the model that was coalesced last")
         before = stage
     require(not larger and before.hidden == 0, "stages: what was coalesced must be de-coalesced before the run ends")
+    last = stage_model(model, before)
+    require(
+        not last.relaxed,
+        f"stages: relaxed layers must be refined before the run ends, got rank {last.rank}, score_dim {last.score_dim}",
+    )
+
+
+def _check_relaxed(before: Stage, stage: Stage, old: ModelConfig, new: ModelConfig, where: str) -> None:
+    """Whether a stage can follow one of relaxed layers (or be the first, as its own predecessor)."""
+    require(
+        stage.grow not in (*LEVELS, *FROM_SOURCE),
+        f"{where}relaxed layers (rank, score_dim) have no rule for {stage.grow}: {REFINE} them in a stage before",
+    )
+    if stage.grow != REFINE:
+        require(
+            new == old,
+            f"{where}rank and score_dim change by grow={REFINE!r}, got {stage.grow!r} with rank {old.rank} -> {new.rank}, "
+            f"score_dim {old.score_dim} -> {new.score_dim}",
+        )
+        return
+    require(
+        new != old
+        and new == replace(old, rank=new.rank, score_dim=new.score_dim)
+        and new.rank in (0, old.rank)
+        and new.score_dim in (0, old.score_dim),
+        f"{where}{REFINE} makes rank or score_dim 0 and changes nothing else, got rank {old.rank} -> {new.rank}, "
+        f"score_dim {old.score_dim} -> {new.score_dim}",
+    )
+    require(
+        before.embeddings == "train",
+        f"{where}{REFINE} follows a stage in which all learns: embeddings must be 'train' there, got {before.embeddings!r}",
+    )
 
 
 def check_coalescing(large: ModelConfig, small: ModelConfig, *, where: str = "") -> None:

@@ -104,6 +104,10 @@ class Stage:
     """Attention heads in this stage."""
     inner: int = 0
     """Width of the feed-forward layer in this stage."""
+    rank: int = 0
+    """Each matrix of the feed-forward layer is the product of two of this rank in this stage; 0 = one matrix, as the run ends with."""
+    score_dim: int = 0
+    """Width of a head's queries and keys in this stage; 0 = that of its values, as the run ends with."""
     layer_groups: str = "adjacent"
     """Which layers grow="coalesce" makes one of, and "decoalesce" copies one to: adjacent ones, or those as far apart as possible."""
     alpha: float = 0.5

@@ -13,7 +13,7 @@ from stackbert_kernels.growth.depth import IDENTITY, RANDOM, layer_map
 from stackbert_kernels.growth.share import unshare
 from stackbert_kernels.model.bert import Bert
 
-LAST_OF_BRANCH = ("out_weight", "out_bias", "outer_weight", "outer_bias")
+LAST_OF_BRANCH = ("out_weight", "out_bias", "outer_weight", "outer_expand", "outer_bias")
 """What a layer adds to the residual stream is zero when these are."""
 
 

@@ -1,6 +1,6 @@
 """BERT on unpadded tokens (Devlin et al. 2018), post-LN as the original or pre-LN, with an active window of layers.
 
-B sequences, T packed tokens, H heads, D head dim, C = H*D hidden, E width of the embeddings (C, unless factorised), L layers, R predicted tokens, V vocabulary.
+B sequences, T packed tokens, H heads, D head dim, C = H*D hidden, I inner, r rank or score_dim, E width of the embeddings (C, unless factorised), L layers, R predicted tokens, V vocabulary.
 """
 
 from __future__ import annotations
@@ -17,13 +17,17 @@ from stackbert_kernels import ops
 from stackbert_kernels.config import EMBEDDING_POLICIES, ModelConfig
 from stackbert_kernels.model.bank import Layer, LayerBank, generator_for
 from stackbert_kernels.model.heads import APPROXIMATE, Affine, MlmHead, PairHead
+from stackbert_kernels.model.narrow_scores import fill_heads
 from stackbert_kernels.model.padded import Packed, pack
 
 # Dropout sites (contract 3.3): 0 after the embeddings, and of layer i: 4 (i + 1) + one of these.
 EMBEDDING_SITE = 0
 ATTENTION_SITE, ATTENTION_OUTPUT_SITE, INNER_OUTPUT_SITE = 0, 1, 2
 
-ENDS_OF_BRANCHES = ("out_weight", "outer_weight")
+ENDS_OF_BRANCHES = ("out_weight", "outer_weight", "outer_expand")
+
+FACTORS = ("inner_reduce", "inner_expand", "outer_reduce", "outer_expand")
+"""Slots of a layer whose feed-forward matrices are products of rank config.rank."""
 
 
 class Tokens(Protocol):
@@ -85,10 +89,15 @@ class Bert(nn.Module):
         )
         self.embedding_norm = Affine((E,), E, device)
         self.embedding_map = Affine((C, E), C, device) if config.embedding else None
+        feed_forward = {"inner_weight": (inner, C), "outer_weight": (C, inner)}
+        if config.rank:  # expand @ reduce is the matrix of a whole layer
+            feed_forward = {"inner_reduce": (config.rank, C), "inner_expand": (inner, config.rank)} | {
+                "outer_reduce": (config.rank, inner), "outer_expand": (C, config.rank)}  # fmt: skip
+        qkv = sum(config.qkv_widths)
         self.bank = LayerBank(
             config.layers if rows is None else rows,
-            {"qkv_weight": (3 * C, C), "out_weight": (C, C), "inner_weight": (inner, C), "outer_weight": (C, inner)},
-            {"qkv_bias": (3 * C,), "out_bias": (C,), "inner_bias": (inner,), "outer_bias": (C,)}
+            {"qkv_weight": (qkv, C), "out_weight": (C, C)} | feed_forward,
+            {"qkv_bias": (qkv,), "out_bias": (C,), "inner_bias": (inner,), "outer_bias": (C,)}
             | {"norm1_weight": (C,), "norm1_bias": (C,), "norm2_weight": (C,), "norm2_bias": (C,)},
             device=device,
         )
@@ -117,6 +126,9 @@ class Bert(nn.Module):
     def initialise_row(self, row: int, seed: int) -> None:
         """The initial weights of a layer, a function of (seed, row) alone."""
         self.bank.initialise(row, seed, self.config.init_std)
+        for slot in self.bank.layout:
+            if slot.name in FACTORS:  # equally large ones, so that their product is as large as a whole matrix
+                slot.view(self.bank.weights[row]).mul_((self.config.init_std * self.config.rank**0.5) ** -0.5)
         if self.config.scaled_init:
             for slot in self.bank.layout:
                 if slot.name in ENDS_OF_BRANCHES:
@@ -278,14 +290,17 @@ class Bert(nn.Module):
         pre = self.config.norm == "pre"
 
         h = ops.layer_norm(x, w.norm1_weight, w.norm1_bias, eps, impl=impl) if pre else x
-        qkv = F.linear(h, w.qkv_weight, w.qkv_bias).view(len(h), 3, self.config.heads, self.config.head_dim)
+        qkv = F.linear(h, w.qkv_weight, w.qkv_bias)
+        narrow = self.config.score_dim
+        heads = self.config.heads, self.config.head_dim
         attention = ops.attention_qkv_varlen(
-            qkv,
+            fill_heads(qkv, *heads, narrow) if narrow else qkv.view(len(h), 3, *heads),
             batch.cu_seqlens,
             batch.max_seqlen,
             dropout_p=self.config.attention_dropout if dropout else 0.0,
             rng=rng,
             site=site + ATTENTION_SITE,
+            scale=narrow**-0.5 if narrow else None,
             impl=impl,
         ).view(len(h), -1)
         if rows is not None:
@@ -303,10 +318,11 @@ class Bert(nn.Module):
 
         x = join(out, x, w.out_bias, w.norm1_weight, w.norm1_bias, ATTENTION_OUTPUT_SITE)
         h = ops.layer_norm(x, f.norm2_weight, f.norm2_bias, eps, impl=impl) if pre else x
-        h = ops.bias_gelu(
-            F.linear(h, f.inner_weight), f.inner_bias, approximate=APPROXIMATE[self.config.activation], impl=impl
-        )
-        return join(F.linear(h, f.outer_weight), x, f.outer_bias, f.norm2_weight, f.norm2_bias, INNER_OUTPUT_SITE)
+        low = self.config.rank > 0
+        h = F.linear(F.linear(h, f.inner_reduce), f.inner_expand) if low else F.linear(h, f.inner_weight)
+        h = ops.bias_gelu(h, f.inner_bias, approximate=APPROXIMATE[self.config.activation], impl=impl)
+        h = F.linear(F.linear(h, f.outer_reduce), f.outer_expand) if low else F.linear(h, f.outer_weight)
+        return join(h, x, f.outer_bias, f.norm2_weight, f.norm2_bias, INNER_OUTPUT_SITE)
 
     def _check(self, batch: Tokens) -> None:
         tokens = batch.input_ids.shape

@@ -85,6 +85,8 @@ PRE_NORM_LAYER = {
 
 def why_no_twin(config: ModelConfig) -> str | None:
     """Why transformers has no model that computes what ours does; None if it has one."""
+    if config.relaxed:
+        return f"transformers has no relaxed layers, refine them first: got rank {config.rank}, score_dim {config.score_dim}"
     if config.norm == "post":
         return None
     wanted = "transformers' pre-LN model (RobertaPreLayerNorm) needs"

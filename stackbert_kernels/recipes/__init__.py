@@ -8,6 +8,7 @@ What a method may decide, and where each decision is carried out, so that the lo
     which layers a step leaves out    Stage.drop: plan.Span.gates, a function of the seed and the step
     a smaller model's weights         Stage.grow of the first stage, with TrainConfig.source (growth/source.py)
     another shape in a stage          Stage.hidden, .heads, .inner, .depth: a new model and optimizer, by maps of their axes
+    less in a layer in a stage        Stage.rank, .score_dim: a model with other slots in its bank, made whole by growth/refine.py
     a window that moves each step     Stage.submodel: plan.Span.at, a function of seed and step
     the rate                          Stage.lr_policy, .lr_curve, .rewarm: plan.Span.lr, a function of the step alone
     the optimizer's state             Stage.optimizer_state: copied by the same map, zero, or reset
@@ -19,6 +20,7 @@ from __future__ import annotations
 from stackbert_kernels.recipes.albert import AlbertOptions, albert
 from stackbert_kernels.recipes.baseline import BaselineOptions, baseline
 from stackbert_kernels.recipes.bert2bert import Bert2bertOptions, bert2bert
+from stackbert_kernels.recipes.core import CoreOptions, core
 from stackbert_kernels.recipes.incremental import IncrementalOptions, incremental
 from stackbert_kernels.recipes.mslt import MsltOptions, mslt
 from stackbert_kernels.recipes.multi_level import MultiLevelOptions, multi_level
@@ -39,11 +41,12 @@ RECIPES = {
     "progressive_layer_dropping": (progressive_layer_dropping, ProgressiveLayerDroppingOptions),
     "bert2bert": (bert2bert, Bert2bertOptions),
     "multi_level": (multi_level, MultiLevelOptions),
+    "core": (core, CoreOptions),
 }
 """What --recipe accepts: the function, called as function(base, options), and the class of its options."""
 NEED_SOURCE = ("bert2bert",)
 """Those that begin from TrainConfig.source."""
 
-__all__ = ["NEED_SOURCE", "RECIPES", "AlbertOptions", "BaselineOptions", "Bert2bertOptions", "IncrementalOptions", "MsltOptions", "MultiLevelOptions",
-           "ProgressiveLayerDroppingOptions", "ShareThenUnshareOptions", "StackingOptions", "albert", "baseline", "bert2bert",
+__all__ = ["NEED_SOURCE", "RECIPES", "AlbertOptions", "BaselineOptions", "Bert2bertOptions", "CoreOptions", "IncrementalOptions", "MsltOptions", "MultiLevelOptions",
+           "ProgressiveLayerDroppingOptions", "ShareThenUnshareOptions", "StackingOptions", "albert", "baseline", "bert2bert", "core",
            "incremental", "mslt", "multi_level", "progressive_layer_dropping", "share_then_unshare", "stacking"]  # fmt: skip

@@ -31,7 +31,7 @@ from stackbert_kernels.config import (
 )
 from stackbert_kernels.data.batches import Batch, Batches, heldout
 from stackbert_kernels.growth.apply import grow
-from stackbert_kernels.growth.multi_level import Kept, reshape
+from stackbert_kernels.growth.reshape import Kept, reshape
 from stackbert_kernels.growth.share import gradient_cosines, part_layers, parted
 from stackbert_kernels.growth.source import begin
 from stackbert_kernels.model.bert import Bert
@@ -300,11 +300,11 @@ def _grow(model: Bert, optimizer: Optimizer, span: Span, kept: Kept) -> tuple[Be
         rows = begin(model, stage, config.source, seed=config.seed)
         return model, optimizer, {"from_depth": max(rows) + 1, "layer_map": rows, "source": config.source}
     if stage.grow in RESHAPES:
-        hidden = model.config.hidden
-        model, moments = reshape(model, optimizer.state_dict(), stage, stage_model(config.model, stage), kept)
+        shape, state = stage_model(config.model, stage), optimizer.state_dict()
+        model, moments, said = reshape(model, state, stage, shape, kept, seed=config.seed, optim=config.optim)
         optimizer = Optimizer(model, config.optim)
         optimizer.load_state_dict(moments)
-        return model, optimizer, {"from_depth": depth, "from_hidden": hidden, "hidden": model.config.hidden}
+        return model, optimizer, {"from_depth": depth, **said}
     return model, optimizer, {"from_depth": depth, "layer_map": grow(model, optimizer, stage, seed=config.seed)}
 
 

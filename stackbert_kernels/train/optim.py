@@ -5,6 +5,7 @@ L layers, P elements of a bank row.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -49,7 +50,7 @@ class Optimizer:
         self.norm: Tensor | None = None
         self._max_norm = 0.0
         self._readers: Tensor | None = None  # [bank_rows, 1] layers that read each row, where it learns from their mean
-        self._parts = _parts(bank)
+        self._parts = _parts(bank, model.config.qkv_widths)
         self._follow_model()
 
     def set_window(self, stage: Stage) -> None:
@@ -206,15 +207,13 @@ def _no_moments(parameter: Tensor) -> Moments:
     return Moments(torch.zeros_like(parameter), torch.zeros_like(parameter), torch.zeros((), device=parameter.device))
 
 
-def _parts(bank: LayerBank) -> list[int]:
+def _parts(bank: LayerBank, qkv_widths: Sequence[int]) -> list[int]:
     """Elements of a row that LAMB and LANS take as one parameter each: BERT's query, key and value are three, as in the papers.
 
     Padding behind a slot, which has neither weights nor gradients, belongs to the part before it.
     """
-    starts = [
-        slot.offset + i * slot.size // thirds
-        for slot in bank.layout
-        for thirds in [3 if slot.name.startswith("qkv_") else 1]
-        for i in range(thirds)
-    ]
+    starts = []
+    for slot in bank.layout:
+        rows = [0, qkv_widths[0], sum(qkv_widths[:2])] if slot.name.startswith("qkv_") else [0]
+        starts += [slot.offset + row * (slot.size // slot.shape[0]) for row in rows]
     return [end - start for start, end in pairwise([*starts, bank.weights.shape[1]])]
