@@ -19,6 +19,10 @@ from stackbert_kernels.cli import _parse, main
 from stackbert_kernels.config import ConfigError, DataConfig, ModelConfig, OptimConfig, TrainConfig
 from stackbert_kernels.recipes import RECIPES, AlbertOptions, MsltOptions
 from stackbert_kernels.sweep import Sweep
+from stackbert_kernels.sweep import run as running
+from stackbert_kernels.sweep import settings as sweep_settings
+from stackbert_kernels.sweep import work as working
+from stackbert_kernels.sweep.record import Record
 from stackbert_kernels.train import loop
 from stackbert_kernels.train.budget import timing_of
 from stackbert_kernels.train.run_directory import read_metrics
@@ -38,11 +42,11 @@ def folder(tmp_path, monkeypatch):
     words = random.Random(0)
     lines = (" ".join(words.choices("abc acb bac bca cab cba".split(), k=12)) + "." for _ in range(200))  # noqa: SIM905
     (tmp_path / "text.txt").write_text("\n\n".join(lines))
-    monkeypatch.setattr(sweeps, "steps_that_fit", lambda *_: STEPS)
-    monkeypatch.setattr(sweeps, "TIMED_STEPS", 2)
-    monkeypatch.setattr(sweeps, "TIMING_SHARE", 0.0)
-    monkeypatch.setattr(sweeps, "CHECKPOINTS", 2)
-    monkeypatch.setattr(sweeps, "EVALUATIONS", 4)
+    monkeypatch.setattr(running, "steps_that_fit", lambda *_: STEPS)
+    monkeypatch.setattr(working, "TIMED_STEPS", 2)
+    monkeypatch.setattr(working, "TIMING_SHARE", 0.0)
+    monkeypatch.setattr(sweep_settings, "CHECKPOINTS", 2)
+    monkeypatch.setattr(sweep_settings, "EVALUATIONS", 4)
     monkeypatch.setattr(loop, "write_report", lambda *_: None)  # takes longer than these runs
     monkeypatch.setattr(loop, "exportable", lambda *_: False)
     return tmp_path
@@ -70,7 +74,7 @@ def test_a_sweep_from_beginning_to_end_and_on(folder, monkeypatch, capsys):
     seen = trained(monkeypatch)
     code, out, err = run(LINE, capsys)
     assert code == 0, err
-    assert seen == [".timing", "baseline-seed0", ".timing", "mslt-seed0", "baseline-seed1", "mslt-seed1"]
+    assert seen == ["baseline", "mslt", "baseline-seed0", "mslt-seed0", "baseline-seed1", "mslt-seed1"]
     there = {
         "data",
         "sweep.json",
@@ -169,7 +173,7 @@ def test_a_signal_during_the_timing(folder, monkeypatch, capsys):
         code, _, err = run(LINE, capsys)
     assert code == 1 and err.endswith("stopped; the same command goes on\n")
     assert sorted(os.listdir("out")) == ["data", "sweep.json"]
-    assert json.loads((folder / "out" / "sweep.json").read_text()) == {"methods": {}}
+    assert json.loads((folder / "out" / "sweep.json").read_text()) == {"jobs": 1, "threads": 1, "methods": {}}
 
 
 def test_a_method_that_diverges_is_a_finding(folder, monkeypatch, capsys):
@@ -192,7 +196,7 @@ def test_a_method_that_diverges_is_a_finding(folder, monkeypatch, capsys):
 
 
 def test_a_budget_without_room(folder, monkeypatch, capsys):
-    monkeypatch.setattr(sweeps, "steps_that_fit", lambda *_: 7)
+    monkeypatch.setattr(running, "steps_that_fit", lambda *_: 7)
     code, _, err = run(LINE, capsys)
     assert code == 2 and "sweep: baseline in 0.05 minutes: 3 s have room for 7 steps, wanted at least 20" in err
 
@@ -317,7 +321,7 @@ def test_every_method_has_the_same_shape_of_run(tmp_path):
 
 
 @pytest.mark.parametrize(("seconds", "timed"), [(10.0, [30]), (120.0, [30, 100]), (3600.0, [30, 200])])
-def test_short_steps_are_timed_again(tmp_path, seconds, timed):
+def test_short_steps_are_timed_again(tmp_path, monkeypatch, seconds, timed):
     """Five stages of 12 ms: 30 steps of each are a moment, of which a busy machine makes anything."""
     asked = []
 
@@ -325,6 +329,7 @@ def test_short_steps_are_timed_again(tmp_path, seconds, timed):
         asked.append(config.stages[0].steps)
         return {"status": "finished", "stage_seconds": [0.012] * len(config.stages)}
 
-    sweep = replace(sweep_of(tmp_path), seconds=seconds)
-    entry = sweeps._timed(sweep, "mslt", train)
-    assert asked == timed and entry["config"].steps == pytest.approx(seconds / 0.012, rel=0.01)
+    monkeypatch.setattr(loop, "train", train)
+    sweep = replace(sweep_of(tmp_path), seconds=seconds, methods=("mslt",))
+    entry = running._timed(sweep, Record(), ["mslt"], lambda _: None).methods["mslt"]
+    assert asked == timed and entry.config.steps == pytest.approx(seconds / 0.012, rel=0.01)

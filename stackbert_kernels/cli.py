@@ -159,6 +159,9 @@ class _Sweep(TrainConfig):
     """Highest learning rate: of all recipes, or of one, as mslt=2e-3."""
     warmup_share: float = 0.05
     """Share of a run's steps over which the rate rises."""
+    jobs: int = 1
+    """Runs at a time, each in a process of its own with its part of the cores (--threads, else cores / jobs). Steps are timed in the same
+    way, and a sweep goes on with as many as it began with."""
     dry_run: Flag = False
     """Print the runs and the time that they will take, then stop."""
     fresh: Flag = False
@@ -440,6 +443,7 @@ def _sweep(command: Sweep) -> int:
         seconds=60 * command.minutes,
         seeds=command.seeds,
         warmup=command.warmup_share,
+        jobs=command.jobs,
         rates=command.rates(recipes),
         options={name: value for name, value in chosen.items() if value != type(value)()},
     )

@@ -80,6 +80,7 @@ def compare(
         "counting": counting,
         "free_source": free_source,
         "equal": budgets,
+        "load": _load(ranked),
         "methods": entries,
         "not_ranked": [
             {
@@ -342,6 +343,8 @@ def _method_notes(methods: Sequence[Method], free_source: bool) -> list[str]:
         if setting not in UNREMARKABLE:
             _differing(setting, {name: values[setting] for name, values in flat.items()}, notes)
     _differing("share of steps to warm up", shares, notes)
+    at_a_time = {m.name: " and ".join(sorted({str(r.load.jobs if r.load else 1) for r in m.runs})) for m in methods}
+    _differing("number of runs at a time, so that seconds mean different things", at_a_time, notes)
     if min((len(m.runs) for m in methods), default=0) == 1:
         notes.append("a method with one run says nothing about chance: take three seeds")
     for method in methods:
@@ -361,6 +364,13 @@ def _differing(what: str, values: dict[str, object], notes: list[str]) -> None:
             by_value.setdefault(_short(value), []).append(name)
         said = ", ".join(f"{value} ({', '.join(names)})" for value, names in by_value.items())
         notes.append(f"different {what.rpartition('.')[2]}: {said}")
+
+
+def _load(methods: Sequence[Method]) -> dict[str, int | None] | None:
+    """Under which load all runs were made; None where it is not known or not the same."""
+    loads = {run.load for method in methods for run in method.runs}
+    (only,) = loads if len(loads) == 1 else (None,)
+    return asdict(only) if only else None
 
 
 def _accounted(spent: Spent | None, free_source: bool) -> str:

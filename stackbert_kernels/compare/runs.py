@@ -24,6 +24,8 @@ from stackbert_kernels.train.run_directory import CONFIG, DATA, METRICS, read_me
 from stackbert_kernels.train.run_facts import Facts, number, read_facts
 
 MEASURES = ("flops", "tokens", "seconds")
+SWEEP = "sweep.json"
+"""Beside the runs of a sweep: how many there were at a time, and with how many threads each."""
 COUNTINGS = {"executed": None, "b1": 1.0, "b2": 2.0}
 """How FLOPs are counted: the matrix products as executed (the log's), or layer forwards by plan.step_cost with this b, the head included."""
 ROLES = ("source", "teacher")
@@ -62,6 +64,14 @@ class Source:
 
 
 @dataclass(frozen=True)
+class Load:
+    """What else the machine did, without which seconds say nothing: runs at a time, and CPU threads of each (None: not noted)."""
+
+    jobs: int
+    threads: int | None
+
+
+@dataclass(frozen=True)
 class Run:
     directory: Path
     config: TrainConfig
@@ -75,6 +85,8 @@ class Run:
     fingerprint: dict[str, str] | None
     """SHA-256 of the tokenizer and of the shards, by split; None where the shards are not there any more."""
     sources: tuple[Source, ...]
+    load: Load | None
+    """None of a run that no sweep made."""
 
 
 def run_directories(paths: Sequence[Path]) -> list[Path]:
@@ -108,6 +120,7 @@ def read_run(directory: Path, counting: str = "executed") -> Run:
         unigram=(number(scored, "unigram_loss") or 0.0, number(scored, "unigram_accuracy") or 0.0),
         fingerprint=_fingerprint(directory, config),
         sources=tuple(_sources(directory, facts, counting, {directory.resolve()})),
+        load=_load(directory),
     )
 
 
@@ -121,6 +134,14 @@ def _facts(directory: Path) -> tuple[Facts, TrainConfig]:
         return facts, from_dict(facts.config)
     except ValueError as error:
         raise ConfigError(f"compare: {directory} holds no run that can be read: {error}") from None
+
+
+def _load(directory: Path) -> Load | None:
+    try:
+        recorded = json.loads((directory.resolve().parent / SWEEP).read_text(encoding="utf-8"))
+        return Load(int(recorded.get("jobs", 1)), recorded.get("threads"))
+    except (OSError, ValueError, TypeError, AttributeError):
+        return None
 
 
 def _curve(facts: Facts, config: TrainConfig, counting: str) -> tuple[Point, ...]:

@@ -46,7 +46,7 @@ def text(result: dict) -> str:
         f"Cost until held-out loss {target['loss']:.3f}, that of {target['method']} at its end"
         + (f" (mean of {target['runs']} runs)" if target["runs"] > 1 else ""),
         *_aligned(costs),
-        f"FLOPs: {COUNTED[result['counting']]}; seconds: training as measured; {free}",
+        f"FLOPs: {COUNTED[result['counting']]}; seconds: training as measured{_load(result.get('load'))}; {free}",
         "ranked by seconds to that loss, then by loss at equal seconds; a single run is held against the baseline's of the same seed",
     ]
     warnings = [f"{entry['name']} is not ranked: {entry['why']} ({entry['run']})" for entry in result["not_ranked"]]
@@ -59,6 +59,13 @@ def _loss(spread: dict | None) -> str:
         return "-"
     half = (spread["max"] - spread["min"]) / 2
     return f"{spread['mean']:.3f}" + (f" ±{half:.3f}" if half else "") + ("*" if spread.get("mid_decay") else "")
+
+
+def _load(load: dict | None) -> str:
+    if not load or not load["threads"]:
+        return ""
+    threads = f"{load['threads']} thread{'s' if load['threads'] > 1 else ''}"
+    return f" ({load['jobs']} runs at a time, {threads} each)" if load["jobs"] > 1 else f" ({threads})"
 
 
 def _difference(entry: dict, baseline: str) -> str:
