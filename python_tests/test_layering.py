@@ -16,6 +16,7 @@ NAME = "stackbert_kernels"
 EVERYTHING = None
 
 MAY_IMPORT: dict[str, set[str] | None] = {
+    "__main__": {"cli"},
     "cli": EVERYTHING,
     "doctor": EVERYTHING,
     "demo": EVERYTHING,

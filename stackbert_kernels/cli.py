@@ -15,7 +15,7 @@ from dataclasses import dataclass, field, fields, make_dataclass
 from importlib import import_module
 from importlib.util import find_spec, module_from_spec, spec_from_file_location
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 from tyro.conf import FlagCreatePairsOff, OmitArgPrefixes, Positional, Suppress, arg, subcommand
@@ -46,6 +46,10 @@ from stackbert_kernels.recipes import (
     StackingOptions,
 )
 from stackbert_kernels.train.checkpoint import CheckpointError
+from stackbert_kernels.train.torchrun import DistributedError, check_ranks, place, speaks
+
+if TYPE_CHECKING:
+    from stackbert_kernels.train.run_directory import Run
 
 DONE, FAILED, BAD_ARGUMENTS = 0, 1, 2
 
@@ -86,7 +90,8 @@ class _Text(_Data):
 class Pretrain(TrainConfig):
     """Pre-train a BERT on text: prepares it, trains by a recipe, writes a transformers checkpoint and a report to --out.
 
-    The same command on an existing run directory goes on where it stopped.
+    The same command on an existing run directory goes on where it stopped. `torchrun --nproc-per-node N -m stackbert_kernels pretrain ...` trains
+    on N GPUs, or with N processes on CPUs, and goes on with any N.
     """
 
     out: Annotated[Path, arg(metavar="DIR")]
@@ -311,9 +316,9 @@ def main(arguments: list[str] | None = None) -> int:
         command = _parse(arguments)
         return COMMANDS[type(command)](command)
     except ConfigError as error:
-        return complain(error, BAD_ARGUMENTS)
-    except (CheckpointError, OSError) as error:
-        return complain(error, FAILED)
+        return complain(error, BAD_ARGUMENTS) if speaks() else BAD_ARGUMENTS
+    except (CheckpointError, DistributedError, OSError) as error:
+        return complain(error if speaks() else f"rank {place().rank}: {error}", FAILED)
     except KeyboardInterrupt:
         return complain("interrupted", FAILED)
 
@@ -390,8 +395,11 @@ def _pretrain(command: Pretrain) -> int:
     from stackbert_kernels.train.run_directory import check, open_run
 
     config = command.config()
+    several = check_ranks(config).size > 1
     if command.dry_run:
         config = check(config, command.out, fresh=command.fresh)
+        if not speaks():
+            return DONE
         if command.json:
             costs = [span_cost(span) for span in plan(config)]
             _print({"config": to_dict(config), "relative_step_cost": costs})
@@ -403,18 +411,33 @@ def _pretrain(command: Pretrain) -> int:
         from stackbert_kernels.train.loop import check_machine
 
         check_machine(config)
-    run = open_run(config, command.out, fresh=command.fresh, progress=True)
-    if not run.finished:
-        print(cost_table(run.config), file=sys.stderr)
+    if several:
+        from stackbert_kernels.train.loop import execute, together
 
-    from stackbert_kernels.train.loop import execute
+        with together(config) as ranks:
+            run = ranks.open(config, command.out, fresh=command.fresh)
+            if ranks.rank == 0:
+                _announce(run)
+            result = execute(run, ranks=ranks)
+    else:
+        run = open_run(config, command.out, fresh=command.fresh, progress=True)
+        _announce(run)
 
-    result = execute(run)
+        from stackbert_kernels.train.loop import execute
+
+        result = execute(run)
+    if not speaks():
+        return FAILED if result["status"] == "failed" else DONE
     if command.json:
         _print(result)
     else:
         print(summary(run.config, result))
     return FAILED if result["status"] == "failed" else DONE
+
+
+def _announce(run: Run) -> None:
+    if not run.finished:
+        print(cost_table(run.config), file=sys.stderr)
 
 
 def summary(config: TrainConfig, result: dict) -> str:
@@ -434,6 +457,8 @@ def summary(config: TrainConfig, result: dict) -> str:
 def _sweep(command: Sweep) -> int:
     from stackbert_kernels import sweep as sweeps
 
+    if place().size > 1:
+        raise ConfigError(f"sweep times its runs in one process, got {place().size}: start it without torchrun")
     recipes = tuple(name for name in command.recipes.split(",") if name)
     chosen = {name: getattr(command, name) for name, (_, options) in RECIPES.items() if fields(options)}
     sweep = sweeps.Sweep(

@@ -125,7 +125,7 @@ class DataConfig:
     short_share: float = 0.9
     """With short_seq_len: the share of all steps that have it."""
     batch_tokens: int = 2048
-    """Tokens of one step, over all accumulated parts; no padding is counted because there is none."""
+    """Tokens of one step, over all accumulated parts and all processes; no padding is counted because there is none."""
     mask_rate: float = 0.15
     """Share of the tokens to predict; of these 80% are shown as [MASK], 10% as another word, 10% as they are."""
     whole_word: bool = False
@@ -182,7 +182,7 @@ class OptimConfig:
     clip: float = 1.0
     """Largest global gradient norm; 0 = no clipping. lans has none: there the length of gradients does not matter."""
     accumulate: int = 1
-    """Parts into which a step's batch is cut, one backward each."""
+    """Parts into which a step's batch (with several processes, the share of each) is cut, one backward each."""
     skip_limit: int = 10
     """Stop after this many steps in a row with a loss or gradient that is not finite."""
 

@@ -11,7 +11,7 @@ import signal
 import statistics
 import threading
 import time
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
@@ -38,10 +38,12 @@ from stackbert_kernels.model.bert import Bert
 from stackbert_kernels.plan import Span, bank_rows, flops_per_token, plan, span_at, span_cost
 from stackbert_kernels.train import checkpoint
 from stackbert_kernels.train.console import Console
+from stackbert_kernels.train.distributed import ALONE, Ranks, joined
 from stackbert_kernels.train.export import export, exportable, exported
 from stackbert_kernels.train.optim import Optimizer
 from stackbert_kernels.train.report import write_report
-from stackbert_kernels.train.run_directory import REPORT, Metrics, Run, cut_metrics, locked, open_run, read_metrics
+from stackbert_kernels.train.run_directory import REPORT, Metrics, Run, cut_metrics, locked, read_metrics
+from stackbert_kernels.train.torchrun import Place, check_ranks
 
 TIMED_STEPS = 200
 """The median of so many last steps of a stage is its measured time."""
@@ -71,35 +73,54 @@ class State:
 
 def train(config: TrainConfig, out: Path | str, *, fresh: bool = False, progress: bool = True) -> dict:
     """Trains by `config` in the directory `out`, or goes on there. Returns what `execute` does."""
-    return execute(open_run(config, Path(out), fresh=fresh, progress=progress), progress=progress)
+    with together(config) as ranks:
+        run = ranks.open(config, Path(out), fresh=fresh, progress=progress)
+        return execute(run, progress=progress, ranks=ranks)
 
 
-def execute(run: Run, *, progress: bool = True) -> dict:
+def together(config: TrainConfig):
+    """A context of the processes that torchrun started, `Ranks`, joined to train by `config`; one alone without torchrun."""
+    place = check_ranks(config)
+    return joined(place, _device(config.device, place))
+
+
+def execute(run: Run, *, progress: bool = True, ranks: Ranks = ALONE) -> dict:
     """Runs to the end, a signal or too many steps without a finite loss.
 
     Returns status "finished", "stopped" (SIGTERM or SIGINT: saved, goes on by the same command) or "failed", and the figures so far.
     """
+    progress = progress and ranks.rank == 0
     if run.finished:
-        return _already_finished(run, progress)
-    with locked(run.checkpoints):
-        return _execute(run, progress)
+        return ranks.first(lambda: _already_finished(run, progress))
+    with locked(run.checkpoints) if ranks.rank == 0 else nullcontext():
+        return _execute(run, progress, ranks)
 
 
-def _execute(run: Run, progress: bool) -> dict:
+def _execute(run: Run, progress: bool, ranks: Ranks) -> dict:
     config, spans = run.config, plan(run.config)
-    device = _device(config.device)
+    device = ranks.device or _device(config.device)
     if config.threads:
         torch.set_num_threads(config.threads)
     kernels = _kernels(config, device)
-    checkpoint.clean(run.checkpoints)
+    if ranks.rank == 0:
+        checkpoint.clean(run.checkpoints)
 
     with Console(config.steps, shown=progress) as console:
-        model, optimizer, state, kept = _restore(run, device, console)
-        batches = Batches(run.data, config.data, config.model.objective, config.seed, short_steps=config.short_steps)
-        held_out = [batch.to(device) for batch in heldout(run.data, config.data, config.model.objective, config.seed)]
+        model, optimizer, state, kept = _restore(run, device, console, ranks)
+        _require_same(model, optimizer, "at the start", ranks)
+        batches = Batches(
+            run.data,
+            config.data,
+            config.model.objective,
+            config.seed,
+            rank=ranks.rank,
+            world_size=ranks.size,
+            short_steps=config.short_steps,
+        )
+        held_out = heldout(run.data, config.data, config.model.objective, config.seed)[ranks.rank :: ranks.size]
+        held_out = [batch.to(device) for batch in held_out]
         stream = batches.prefetch(state.step, config.optim.accumulate)
-        with closing(stream), closing(Metrics(run.metrics)) as metrics, _stop_signals() as stopped_by:
-            log = _Log(metrics, state)
+        with closing(stream), closing(_Log(run.metrics, state, ranks)) as log, _stop_signals() as received:
             for span in spans[_index(spans, state.step) :]:
                 span = _parted(span, state)
                 stage = window = span.stage
@@ -115,9 +136,16 @@ def _execute(run: Run, progress: bool) -> dict:
                     state.stage_seconds.append([])
                     if span.grows:
                         log(span, "growth", operator=stage.grow, **growth)
-                    predicted = span_cost(span)
-                    log(span, "stage", name=span.name, steps=stage.steps, predicted_cost=predicted, kernels=kernels)
-                    console.stage(span, len(spans), predicted)
+                    log(
+                        span,
+                        "stage",
+                        name=span.name,
+                        steps=stage.steps,
+                        predicted_cost=span_cost(span),
+                        kernels=kernels,
+                        **ranks.logged,
+                    )
+                    console.stage(span, len(spans), span_cost(span))
 
                 for step in range(state.step, span.last):
                     if step == config.short_steps > span.first:
@@ -128,14 +156,14 @@ def _execute(run: Run, progress: bool) -> dict:
                     if span.at(step) != window:
                         window = span.at(step)
                         _set_window(model, optimizer, window)
-                    loss, norm, skipped = _step(
-                        model, optimizer, [p.to(device) for p in parts], step, lr, config, gates
+                    loss, norm, skipped, tokens = _step(
+                        model, optimizer, [p.to(device) for p in parts], step, lr, config, gates, ranks
                     )
-                    tokens, seconds = sum(p.tokens for p in parts), time.perf_counter() - started
+                    seconds = time.perf_counter() - started
                     cost = flops_per_token(config, window, gates, config.seq_len(step))
                     _count(state, loss, tokens, cost, seconds, skipped)
                     if span.stage.untie.due(state.step):
-                        span = _read_gradients(model, optimizer, span, parts, state, config, log)
+                        span = _read_gradients(model, optimizer, span, parts, state, config, log, ranks)
                         stage = window = span.stage
                         whole = replace(stage, optimizer_state="copy")
                     console.step(state.step, span, loss, lr, tokens / seconds)
@@ -144,6 +172,7 @@ def _execute(run: Run, progress: bool) -> dict:
                         log(span, "step", loss=_mean_loss(state), lr=lr, grad_norm=norm, **_interval(state))
                         console.logged(_mean_loss(state))
                         state.since_log = State().since_log
+                    stopped_by = ranks.agreed(received)
                     failed = state.skipped_in_row >= config.optim.skip_limit
                     ends = bool(stopped_by) or failed
                     evaluates = state.step % config.eval_every == 0 or state.step == span.last
@@ -152,22 +181,27 @@ def _execute(run: Run, progress: bool) -> dict:
                         window = whole
                         _set_window(model, optimizer, window)
                     if evaluates:
-                        state.eval = _evaluate(model, held_out, config, batches)
+                        state.eval = _evaluate(model, held_out, config, batches, ranks)
                         log(span, "eval", **state.eval)
                         console.evaluated(state.step, state.eval)
                     if saves:
-                        metrics.sync()
-                        path = _save(run, model, optimizer, state, kept)
+                        log.sync()
+                        path = _save(run, model, optimizer, state, kept, ranks)
                         log(span, "checkpoint", path=_inside(run, path))
                     if failed:
                         return _failed(run, state, path)
                     if ends and state.step < config.steps:
                         return _stopped(run, state, path, stopped_by[0])
 
-            seconds = _stage_seconds(state, config)
-            if exportable(run, console):
-                export(run, model)
-            log(spans[-1], "end", **state.eval, stage_seconds=seconds, skipped=state.skipped)
+            if ranks.rank == 0:
+                if exportable(run, console):
+                    export(run, model)
+                seconds = _stage_seconds(state, config)
+                log(spans[-1], "end", **state.eval, stage_seconds=seconds, skipped=state.skipped)
+    return ranks.first(lambda: _end(run))
+
+
+def _end(run: Run) -> dict:
     write_report(run.directory)
     return _finished(run, f"finished: {run.directory}")
 
@@ -183,35 +217,45 @@ def _step(
     lr: float,
     config: TrainConfig,
     gates: tuple[float, ...] | None,
-) -> tuple[float, float, bool]:
-    """Loss, gradient norm, and whether the step was skipped because one of them is not finite."""
+    ranks: Ranks,
+) -> tuple[float, float, bool, int]:
+    """Loss, gradient norm, whether the step was skipped because one of them is not finite, and the tokens of the batch, over all ranks."""
     model.train()
     optimizer.zero_grad()
-    total = _backward(model, parts, step, config, gates)
+    total, tokens = _backward(model, parts, step, config, gates, ranks)
     norm = optimizer.clip(config.optim.clip)
     skipped = optimizer.step(lr, loss=total)
     loss, norm, skipped = torch.stack([total, norm, skipped]).tolist()  # the only wait for the device in a step
-    return loss, norm, skipped > 0
+    return loss, norm, skipped > 0, tokens
 
 
 def _backward(
-    model: Bert, parts: list[Batch], step: int, config: TrainConfig, gates: tuple[float, ...] | None = None
-) -> Tensor:
-    """The loss of a step's batch, a scalar on the device; its gradients are added to those that are there."""
-    predictions, sequences = max(1, sum(len(p.masked) for p in parts)), sum(p.sequences for p in parts)
+    model: Bert,
+    parts: list[Batch],
+    step: int,
+    config: TrainConfig,
+    gates: tuple[float, ...] | None = None,
+    ranks: Ranks = ALONE,
+) -> tuple[Tensor, int]:
+    """The loss of a step's batch over all ranks, a scalar on the device, and its tokens; its gradients are added to those that are there,
+    which must be zero where there are several ranks."""
+    own = [sum(len(p.masked) for p in parts), sum(p.sequences for p in parts), sum(p.tokens for p in parts)]
+    predictions, sequences, tokens = ranks.sums(own)
+    predictions = max(1, predictions)
     device = parts[0].input_ids.device
     total = torch.zeros((), device=device)
     for i, part in enumerate(parts):
-        rng = ops.new_rng(config.seed, step * config.optim.accumulate + i, device=device)
+        rng = ops.new_rng(ranks.dropout_seed(config.seed), step * config.optim.accumulate + i, device=device)
         with _precision(config, device):
             output = model(part, rng=rng, gates=gates)
         # Each part counts by what it predicts, so that the sum is the mean over the whole batch however it is cut.
         loss = output.mlm_loss * (len(part.masked) / predictions)
         if output.pair_loss is not None:
             loss = loss + output.pair_loss * (part.sequences / sequences)
-        loss.backward()
+        with ranks.summing(model, gates) if i == len(parts) - 1 else nullcontext():
+            loss.backward()
         total += loss.detach()
-    return total
+    return ranks.sum_(total), int(tokens)
 
 
 def _precision(config: TrainConfig, device: torch.device):
@@ -219,16 +263,26 @@ def _precision(config: TrainConfig, device: torch.device):
 
 
 class _Log:
-    """Appends an event with the place in the run that every line has."""
+    """Appends an event with the place in the run that every line has; only rank 0 does."""
 
-    def __init__(self, metrics: Metrics, state: State):
-        self.metrics, self.state = metrics, state
+    def __init__(self, path: Path, state: State, ranks: Ranks = ALONE):
+        self.metrics, self.state = Metrics(path) if ranks.rank == 0 else None, state
 
     def __call__(self, span: Span, event: str, **values) -> None:
+        if self.metrics is None:
+            return
         state, stage = self.state, span.stage
         place = {"step": state.step, "stage": span.index, "depth": stage.depth, "train_from": stage.train_from}
         spent = {"tokens": state.tokens, "flops": state.flops, "seconds": state.seconds}
         self.metrics.append(event, **place, **spent, **values)
+
+    def sync(self) -> None:
+        if self.metrics is not None:
+            self.metrics.sync()
+
+    def close(self) -> None:
+        if self.metrics is not None:
+            self.metrics.close()
 
 
 def _count(state: State, loss: float, tokens: int, cost: float, seconds: float, skipped: bool) -> None:
@@ -272,12 +326,16 @@ def _interval(state: State) -> dict:
 
 
 @torch.no_grad()
-def _evaluate(model: Bert, batches: list[Batch], config: TrainConfig, train: Batches) -> dict[str, float]:
+def _evaluate(
+    model: Bert, batches: list[Batch], config: TrainConfig, train: Batches, ranks: Ranks = ALONE
+) -> dict[str, float]:
+    """Of this rank's held-out batches and the others'."""
     loss, right, count = 0.0, 0, 0
     for batch in batches:
         with _precision(config, batch.input_ids.device):
             figures = model.evaluate(batch)
         loss, right, count = loss + float(figures[0]), right + int(figures[1]), count + int(figures[2])
+    loss, right, count = ranks.sums([loss, right, count])
     return {
         "eval_loss": loss / max(1, count),
         "eval_accuracy": right / max(1, count),
@@ -320,7 +378,14 @@ def _set_window(model: Bert, optimizer: Optimizer, stage: Stage) -> None:
 
 
 def _read_gradients(
-    model: Bert, optimizer: Optimizer, span: Span, parts: list[Batch], state: State, config: TrainConfig, log: _Log
+    model: Bert,
+    optimizer: Optimizer,
+    span: Span,
+    parts: list[Batch],
+    state: State,
+    config: TrainConfig,
+    log: _Log,
+    ranks: Ranks,
 ) -> Span:
     """Looks at each layer's own gradient on the batch of the step that was done; layers that share weights part if these say so.
 
@@ -328,9 +393,11 @@ def _read_gradients(
     """
     started, device = time.perf_counter(), model.word.device
     parts = [p.to(device) for p in parts]
-    cosines = gradient_cosines(model, lambda: _backward(model, parts, state.step - 1, config))
+    tokens = int(ranks.sums([sum(p.tokens for p in parts)])[0])
+    cosines = gradient_cosines(model, lambda: _backward(model, parts, state.step - 1, config, ranks=ranks))
+    cosines = ranks.of_first(cosines)
     cost = flops_per_token(config, span.stage, seq_len=config.seq_len(state.step - 1))
-    state.flops += cost * sum(p.tokens for p in parts)
+    state.flops += cost * tokens
     before = model.rows
     rows, state.low_readings = part_layers(before, cosines, state.low_readings, span.stage.untie)
     if rows != before:
@@ -351,7 +418,11 @@ def _parted(span: Span, state: State) -> Span:
     return replace(span, stage=parted(span.stage, tuple(state.rows)))
 
 
-def _save(run: Run, model: Bert, optimizer: Optimizer, state: State, kept: Kept) -> Path:
+def _save(run: Run, model: Bert, optimizer: Optimizer, state: State, kept: Kept, ranks: Ranks = ALONE) -> Path:
+    """The checkpoint, which rank 0 writes."""
+    _require_same(model, optimizer, f"after step {state.step}", ranks)
+    if ranks.rank > 0:
+        return run.checkpoints / f"step-{state.step}"
     tensors = {
         "model": {"bank": model.bank.weights, **model.always_on_parameters()},
         "optimizer": optimizer.state_dict(),
@@ -360,6 +431,11 @@ def _save(run: Run, model: Bert, optimizer: Optimizer, state: State, kept: Kept)
         tensors["kept"] = {f"{i}.{name}": t for i, weights in enumerate(kept) for name, t in weights.items()}
     documents = {"state": asdict(state), "config": to_dict(run.config)}
     return checkpoint.save(run.checkpoints, state.step, tensors, documents, keep=run.config.keep)
+
+
+def _require_same(model: Bert, optimizer: Optimizer, when: str, ranks: Ranks) -> None:
+    moments = {"exp_avg": optimizer.exp_avg, "exp_avg_sq": optimizer.exp_avg_sq}
+    ranks.require_same({"bank": model.bank.weights, **model.always_on_parameters(), **moments}, when)
 
 
 def _inside(run: Run, path: Path) -> str:
@@ -374,15 +450,19 @@ def _new(config: TrainConfig, stage: Stage, device: torch.device) -> tuple[Bert,
     return model, Optimizer(model, config.optim)
 
 
-def _restore(run: Run, device: torch.device, console: Console) -> tuple[Bert, Optimizer, State, Kept]:
+def _restore(
+    run: Run, device: torch.device, console: Console, ranks: Ranks = ALONE
+) -> tuple[Bert, Optimizer, State, Kept]:
     """What the newest valid checkpoint holds, and the log put back to where it was then; all new where there is none."""
-    path = checkpoint.latest(run.checkpoints, warn=console.line)
+    newest = ranks.first(lambda: str(checkpoint.latest(run.checkpoints, warn=console.line) or ""))
+    path = Path(newest) if newest else None
     if path is None:
         if checkpoint.saved(run.checkpoints):
             raise checkpoint.CheckpointError(
                 f"no checkpoint in {run.checkpoints} is whole; --fresh starts over, nothing was changed"
             )
-        cut_metrics(run.metrics, None)
+        if ranks.rank == 0:
+            cut_metrics(run.metrics, None)
         return *_new(run.config, run.config.stages[0], device), State(), []
     tensors, documents = checkpoint.load(path)
     differing = differences(from_dict(documents["config"]), run.config)
@@ -399,11 +479,11 @@ def _restore(run: Run, device: torch.device, console: Console) -> tuple[Bert, Op
         for name, tensor in _matching(tensors["model"], parameters, path).items():
             parameters[name].copy_(tensor)
     optimizer.load_state_dict(tensors["optimizer"])
-    if not run.finished:
+    if not run.finished and ranks.rank == 0:
         in_log = cut_metrics(run.metrics, state.step)
         if not in_log:
-            with closing(Metrics(run.metrics)) as metrics:
-                _Log(metrics, state)(span, "checkpoint", path=_inside(run, path))
+            with closing(_Log(run.metrics, state)) as log:
+                log(span, "checkpoint", path=_inside(run, path))
         console.line(f"going on from {path.name} of {run.config.steps} steps in {run.directory}")
     kept: Kept = []
     for name, tensor in sorted(tensors.get("kept", {}).items()):
@@ -506,9 +586,12 @@ def check_machine(config: TrainConfig) -> dict[str, str]:
     return _kernels(config, _device(config.device))
 
 
-def _device(wanted: str) -> torch.device:
+def _device(wanted: str, place: Place = Place()) -> torch.device:  # noqa: B008 (frozen)
+    """Of several processes on a machine, each has the GPU of its number."""
     if wanted == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        wanted = "cuda" if torch.cuda.is_available() else "cpu"
+    if wanted == "cuda" and place.size > 1:
+        wanted = f"cuda:{place.local_rank}"
     device = torch.device(wanted)
     seen = torch.cuda.device_count()
     if device.type == "cuda" and (device.index or 0) >= seen:
