@@ -27,6 +27,7 @@ from stackbert_kernels.recipes import (
     ProgressiveLayerDroppingOptions,
     ShareThenUnshareOptions,
     StackingOptions,
+    core,
     mslt,
     multi_level,
     progressive_layer_dropping,
@@ -56,6 +57,7 @@ RECIPES = {
     "mslt, untie": lambda base: mslt(base, MsltOptions(stages=2, joint=0.2, embeddings="untie")),
     "stacking, from half": lambda base: stacking(base, StackingOptions(factor=2)),
     "multi_level": lambda base: multi_level(base, MultiLevelOptions()),
+    "core": core,
     "share_then_unshare, by gradients": lambda base: share_then_unshare(
         base, ShareThenUnshareOptions(until="split", every=3, below=1.0)
     ),
