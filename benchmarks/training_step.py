@@ -42,6 +42,7 @@ class Packed:
     masked: Tensor
     labels: Tensor
     pair_labels: None = None
+    windows: None = None
 
 
 @dataclass(frozen=True)

@@ -192,11 +192,24 @@ def relative_step_cost(config: TrainConfig, stage: Stage, *, backward: float = B
     The step has samples of `seq_len` tokens (0 = data.seq_len), what it is compared with has data.seq_len.
     """
     model, data, S = stage_model(config.model, stage), config.data, seq_len or config.data.seq_len
-    head = head_cost(model, data, S)
+    read, length = encoder_rows(stage, S, data.mask_rate)
+    every = _layer_flops(model, S)  # of a layer that reads every token
+    layer = read * _layer_flops(model, length)
+    head = head_cost(model, data, S) * (every / layer)
     costs = [step_cost(sum(expected_layers(s)), s.train_from, head=head, backward=backward) for s in submodels(stage)]
-    layer = _layer_flops(model, S) / layer_flops(config)  # in layers of the whole model
     whole = step_cost(config.model.layers, 0, head=head_cost(config.model, data), backward=backward)
-    return layer * sum(costs) / len(costs) / whole
+    return layer / layer_flops(config) * sum(costs) / len(costs) / whole
+
+
+def pooled_length(tokens: int, predicted: int, size: int) -> int:
+    """Rows of a sequence in the encoder where its tokens are pooled in windows of `size`: [CLS], the windows, the predicted tokens."""
+    return 1 + -(-(tokens - 1 - predicted) // size) + predicted
+
+
+def encoder_rows(stage: Stage, tokens: int, mask_rate: float) -> tuple[float, int]:
+    """How many rows the encoder has in `stage` for a token, and for a sequence of `tokens`."""
+    length = tokens if stage.pool == 1 else pooled_length(tokens, round(mask_rate * tokens), stage.pool)
+    return length / tokens, length
 
 
 def span_cost(span: Span, *, backward: float = BACKWARD) -> float:
@@ -224,7 +237,8 @@ def flops_per_token(config: TrainConfig, stage: Stage, gates: Sequence[float] | 
     embeddings = full: the gradient of their input alone); the first layer of a detached window needs no gradient of its input; a frozen
     word embedding needs none as decoder.
     Attention's recomputation of its probabilities in the backward, element-wise work and embedding look-ups are not counted. Of a stage
-    with submodels, the mean over these.
+    with submodels, the mean over these. A token is one of the text: where they are pooled, the encoder has fewer rows (encoder_rows), of which
+    the heads read as many as ever.
     """
     if stage.submodel:
         windows = submodels(stage)
@@ -232,12 +246,13 @@ def flops_per_token(config: TrainConfig, stage: Stage, gates: Sequence[float] | 
     model, data, S = stage_model(config.model, stage), config.data, seq_len or config.data.seq_len
     C, E = model.hidden, model.embedding_width
     rows = data.mask_rate + (0.0 if model.objective == "mlm" else 1.0 / S)  # of a token: where the heads read
-    qkv, attention, rest = _part_flops(model, S)
+    read, length = encoder_rows(stage, S, data.mask_rate)
+    qkv, attention, rest = (read * part for part in _part_flops(model, length))
     embeddings_learn_below = stage.embeddings in ("train", "full")
     total = 2.0 * E * C * (3 if embeddings_learn_below else 1) if model.embedding else 0.0
     runs = expected_layers(stage) if gates is None else [float(gate > 0) for gate in gates]
     for layer, run in enumerate(runs):
-        share = min(1.0, rows) if layer == stage.depth - 1 else 1.0
+        share = min(1.0, rows / read) if layer == stage.depth - 1 else 1.0
         cost = qkv + attention + share * rest
         if layer >= stage.train_from:
             cost += 2 * attention + share * 2 * rest + qkv

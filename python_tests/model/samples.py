@@ -23,6 +23,7 @@ class Batch:
     masked: Tensor
     labels: Tensor
     pair_labels: Tensor | None
+    windows: object = None
 
 
 def tiny(seed: int = 0, **changes) -> Bert:

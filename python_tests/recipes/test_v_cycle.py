@@ -98,7 +98,7 @@ REFUSED = [
     (lambda: multi_level(replace(BASE, steps=2, stages=())), "multi_level: steps must leave each of 3 stages at least 1, got steps 2"),
     (lambda: multi_level(replace(BASE, model=ModelConfig(embedding=128))),
      "multi_level: factorised embeddings have no smaller level, got embedding 128"),
-    (lambda: run_of(LARGE, HALF | {"grow": "coalesce"}, LARGE | {"grow": "stack"}), "stages[2]: the width changes by grow='coalesce' or 'decoalesce', got 'stack'"),
+    (lambda: run_of(LARGE, HALF | {"grow": "coalesce"}, LARGE | {"grow": "stack"}), "stages[2]: the width changes by grow='coalesce' or 'decoalesce' or 'widen', got 'stack'"),
     (lambda: run_of(LARGE, LARGE | {"grow": "decoalesce"}), "stages[1]: decoalesce must lead back to the model that was coalesced last"),
     (lambda: run_of(LARGE, HALF | {"grow": "coalesce", "heads": 1}, LARGE | {"grow": "decoalesce"}),
      "stages[1]: heads are grouped whole, so both models must have the same head dim (hidden / heads), got 8 -> 16"),

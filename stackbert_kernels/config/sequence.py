@@ -18,7 +18,9 @@ LEVELS = ("coalesce", "decoalesce")
 """What Stage.grow says where all axes of the model change at once (growth/multi_level.py)."""
 REFINE = "refine"
 """What Stage.grow says where relaxed layers (Stage.rank, .score_dim) become whole (growth/refine.py)."""
-RESHAPES = (*LEVELS, REFINE)
+WIDEN = "widen"
+"""What Stage.grow says where the feed-forward layer alone becomes wider (growth/feed_forward.py)."""
+RESHAPES = (*LEVELS, REFINE, WIDEN)
 """What makes a new model and a new optimizer."""
 
 
@@ -63,7 +65,7 @@ def check_stages(stages: tuple[Stage, ...], layers: int, steps: int) -> None:
             require(stage.grow == UNSHARE, f"{where}rows change, which needs grow={UNSHARE!r}, got grow={stage.grow!r}")
             check_unsharing(before, stage, where=where)
         elif i > 0:
-            require(stage.grow in (None, REFINE), f"{where}depth stays {depth}, got grow={stage.grow!r}")
+            require(stage.grow in (None, REFINE, WIDEN), f"{where}depth stays {depth}, got grow={stage.grow!r}")
         depth = stage.depth
     require(
         depth == layers, f"stages[{len(stages) - 1}]: the last stage must reach all {layers} layers, got depth {depth}"
@@ -76,26 +78,36 @@ def stage_model(model: ModelConfig, stage: Stage) -> ModelConfig:
     """The run's `model` in the shape that it has in `stage`."""
     if stage.hidden:
         model = replace(model, layers=stage.depth, hidden=stage.hidden, heads=stage.heads, inner=stage.inner)
+    elif stage.inner:
+        model = replace(model, inner=stage.inner)
     if stage.rank or stage.score_dim:
         model = replace(model, rank=stage.rank, score_dim=stage.score_dim)
     return model
 
 
 def check_levels(stages: tuple[Stage, ...], model: ModelConfig) -> None:
-    """Whether each coalescing makes a smaller model that fits, and each de-coalescing leads back to the one before it."""
+    """Whether each coalescing makes a smaller model that fits, each de-coalescing leads back to the one before it, and each widening is
+    one; the last stage has the run's own shape."""
     larger: list[ModelConfig] = []
     before = stages[0]
     require(before.hidden == 0, f"stages[0]: the run begins with its own width, got hidden {before.hidden}")
+    require(
+        before.inner == 0 or before.grow is None,
+        f"stages[0]: what begins from a source begins with the run's own width, got inner {before.inner}",
+    )
     for i, stage in enumerate(stages):
         old, new, where = stage_model(model, before), stage_model(model, stage), f"stages[{i}]: "
         if old.relaxed or new.relaxed or stage.grow == REFINE:
             _check_relaxed(before, stage, old, new, where)
             before = stage
             continue
+        if stage.grow == WIDEN:
+            _check_widened(before, stage, old, new, where)
+            before = stage
+            continue
         if stage.grow not in LEVELS:
-            require(
-                old == new, f"{where}the width changes by grow={' or '.join(map(repr, LEVELS))}, got {stage.grow!r}"
-            )
+            by = " or ".join(map(repr, (*LEVELS, WIDEN)))
+            require(old == new, f"{where}the width changes by grow={by}, got {stage.grow!r}")
             before = stage
             continue
         whole = not before.rows and before.embeddings == "train" and before.depth == old.layers and not model.embedding
@@ -111,18 +123,36 @@ def check_levels(stages: tuple[Stage, ...], model: ModelConfig) -> None:
             wanted = larger.pop() if larger else None
             require(wanted == new, f"{where}decoalesce must lead back to the model that was coalesced last")
         before = stage
+    require(before.pool == 1, f"stages: the last stage must read every token, got pool {before.pool}")
     require(not larger and before.hidden == 0, "stages: what was coalesced must be de-coalesced before the run ends")
     last = stage_model(model, before)
     require(
         not last.relaxed,
         f"stages: relaxed layers must be refined before the run ends, got rank {last.rank}, score_dim {last.score_dim}",
     )
+    require(
+        last.inner == model.inner,
+        f"stages: inner must be the run's {model.inner} before the run ends, got {last.inner}",
+    )
+
+
+def _check_widened(before: Stage, stage: Stage, old: ModelConfig, new: ModelConfig, where: str) -> None:
+    """Whether the feed-forward layer alone gets a multiple of the neurons that it had."""
+    require(
+        new.inner > old.inner and new.inner % old.inner == 0 and new == replace(old, inner=new.inner),
+        f"{where}{WIDEN} makes a multiple of inner and changes no other size, got inner {old.inner} -> {new.inner}, "
+        f"hidden {old.hidden} -> {new.hidden}, heads {old.heads} -> {new.heads}",
+    )
+    require(
+        not (before.rows or stage.rows) and before.embeddings == "train" and stage.optimizer_state != "zero",
+        f"{where}{WIDEN} is of layers with rows of their own, after a stage in which all learns, without optimizer_state 'zero'",
+    )
 
 
 def _check_relaxed(before: Stage, stage: Stage, old: ModelConfig, new: ModelConfig, where: str) -> None:
     """Whether a stage can follow one of relaxed layers (or be the first, as its own predecessor)."""
     require(
-        stage.grow not in (*LEVELS, *FROM_SOURCE),
+        stage.grow not in (*LEVELS, *FROM_SOURCE, WIDEN),
         f"{where}relaxed layers (rank, score_dim) have no rule for {stage.grow}: {REFINE} them in a stage before",
     )
     if stage.grow != REFINE:

@@ -15,6 +15,9 @@ SHARED_GRADIENTS = ("sum", "mean")
 RETIES = ("decoder", "mean")
 WIDTH_MAPS = ("tile", "random")
 LAYER_GROUPS = ("adjacent", "apart")
+POOL_KINDS = ("mean", "max")
+LARGEST_POOL = 255
+"""So that a place in a window fits a byte."""
 
 
 @dataclass(frozen=True)
@@ -99,15 +102,21 @@ class Stage:
     untie: Untying = Untying()
     """When shared layers part of themselves."""
     hidden: int = 0
-    """Width of the encoder in this stage, with heads and inner; 0 = the run's, of all three."""
+    """Width of the encoder in this stage, with heads and inner; 0 = the run's."""
     heads: int = 0
     """Attention heads in this stage."""
     inner: int = 0
-    """Width of the feed-forward layer in this stage."""
+    """Width of the feed-forward layer in this stage; without hidden and heads, it alone differs from the run's."""
+    split_noise: float = 0.0
+    """Where grow="widen" copies a neuron: its copies share what it gives, equally but for noise of this size, relative to the equal share."""
     rank: int = 0
     """Each matrix of the feed-forward layer is the product of two of this rank in this stage; 0 = one matrix, as the run ends with."""
     score_dim: int = 0
     """Width of a head's queries and keys in this stage; 0 = that of its values, as the run ends with."""
+    pool: int = 1
+    """The encoder reads one pooled embedding for so many tokens; [CLS] and the tokens that are predicted stay as they are. 1 = all do."""
+    pool_kind: str = "mean"
+    """What becomes of the embeddings of a window: their mean, or of each column the max."""
     layer_groups: str = "adjacent"
     """Which layers grow="coalesce" makes one of, and "decoalesce" copies one to: adjacent ones, or those as far apart as possible."""
     alpha: float = 0.5
@@ -133,9 +142,17 @@ class Stage:
         )
         one_of("width_map", self.width_map, WIDTH_MAPS)
         one_of("layer_groups", self.layer_groups, LAYER_GROUPS)
+        one_of("pool_kind", self.pool_kind, POOL_KINDS)
+        require(1 <= self.pool <= LARGEST_POOL, f"pool must be in [1, {LARGEST_POOL}], got {self.pool}")
         require(0 <= self.alpha <= 1, f"alpha must be in [0, 1], got {self.alpha}")
         shape = (self.hidden, self.heads, self.inner)
-        require(min(shape) > 0 or max(shape) == 0, f"hidden, heads and inner go together in a stage, got {shape}")
+        alone = self.hidden == self.heads == 0 <= self.inner
+        require(min(shape) > 0 or alone, f"hidden, heads and inner go together in a stage, got {shape}")
+        require(0 <= self.split_noise < math.inf, f"split_noise must be >= 0 and finite, got {self.split_noise}")
+        require(
+            self.split_noise == 0 or self.grow == "widen",
+            f"split_noise belongs to grow 'widen', got grow={self.grow!r}",
+        )
         _check_submodel(self)
         _check_curve(self)
         require(

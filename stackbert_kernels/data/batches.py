@@ -11,7 +11,7 @@ from __future__ import annotations
 import itertools
 import queue
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
@@ -23,6 +23,7 @@ from stackbert_kernels.config import OBJECTIVES, ConfigError, DataConfig
 from stackbert_kernels.data import draws, masking, prepare
 from stackbert_kernels.data.samples import sample_table
 from stackbert_kernels.data.tokenizer import continuations
+from stackbert_kernels.data.windows import Windows
 
 
 @dataclass(frozen=True)
@@ -38,10 +39,11 @@ class Batch:
     labels: Tensor  # [R] int64, the original ids there
     pair_labels: Tensor | None  # [B] int64: 1 = the second part does not follow (nsp), is swapped with the first (sop)
     sample_ids: Tensor  # [B] int64
+    windows: Windows | None = None  # how embeddings are pooled, where they are
 
     def to(self, device: torch.device | str) -> Batch:
         moved = {f.name: getattr(self, f.name) for f in fields(self)}
-        return Batch(**{name: v.to(device) if isinstance(v, Tensor) else v for name, v in moved.items()})
+        return Batch(**{name: v.to(device) if isinstance(v, Tensor | Windows) else v for name, v in moved.items()})
 
     @property
     def tokens(self) -> int:
@@ -146,8 +148,11 @@ class Batches:
         epochs, samples = self._mine(step)
         return [self._build(epochs[s], samples[s]) for s in cut(self._lengths[samples], n) if s.start < s.stop]
 
-    def prefetch(self, start: int, n: int = 1) -> Iterator[list[Batch]]:
-        """`parts(start, n)`, `parts(start + 1, n)`, ... without end, each built by a thread while the one before is used."""
+    def prefetch(
+        self, start: int, n: int = 1, change: Callable[[int, Batch], Batch] | None = None
+    ) -> Iterator[list[Batch]]:
+        """`parts(start, n)`, `parts(start + 1, n)`, ... without end, each built by a thread while the one before is used; `change`, of the
+        step and a part, is applied there, too."""
         ready: queue.Queue = queue.Queue(maxsize=1)
         stop = threading.Event()
 
@@ -162,7 +167,8 @@ class Batches:
             step = start
             try:
                 while not stop.is_set():
-                    offer(self.parts(step, n))
+                    parts = self.parts(step, n)
+                    offer(parts if change is None else [change(step, part) for part in parts])
                     step += 1
             except BaseException as error:
                 offer(error)

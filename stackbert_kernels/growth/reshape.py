@@ -6,8 +6,9 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
-from stackbert_kernels.config import REFINE, ModelConfig, OptimConfig, Stage
+from stackbert_kernels.config import REFINE, WIDEN, ModelConfig, OptimConfig, Stage
 from stackbert_kernels.growth import multi_level
+from stackbert_kernels.growth.feed_forward import widened
 from stackbert_kernels.growth.refine import refine
 from stackbert_kernels.model.bert import Bert
 
@@ -30,5 +31,7 @@ def reshape(
         old, now = model.config, new.config
         said = {"from_rank": old.rank, "rank": now.rank, "from_score_dim": old.score_dim, "score_dim": now.score_dim}
         return new, state, said
+    if stage.grow == WIDEN:
+        return widened(model, moments, stage, shape, seed=seed)
     new, state = multi_level.reshape(model, moments, stage, shape, kept)
     return new, state, {"from_hidden": model.config.hidden, "hidden": new.config.hidden}

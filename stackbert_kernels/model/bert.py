@@ -19,6 +19,7 @@ from stackbert_kernels.model.bank import Layer, LayerBank, generator_for
 from stackbert_kernels.model.heads import APPROXIMATE, Affine, MlmHead, PairHead
 from stackbert_kernels.model.narrow_scores import fill_heads
 from stackbert_kernels.model.padded import Packed, pack
+from stackbert_kernels.model.pooling import Pooled, pool
 
 # Dropout sites (contract 3.3): 0 after the embeddings, and of layer i: 4 (i + 1) + one of these.
 EMBEDDING_SITE = 0
@@ -41,6 +42,7 @@ class Tokens(Protocol):
     masked: Tensor  # [R] int64, indices into T of the predicted tokens
     labels: Tensor  # [R] int64
     pair_labels: Tensor | None  # [B] int64
+    windows: Pooled | None  # None: the encoder reads every token
 
 
 @dataclass
@@ -227,6 +229,8 @@ class Bert(nn.Module):
     ) -> Tensor:
         """The encoder's output [T, C], or only its `rows` [n, C]: indices into T, where alone the last layer is then computed.
 
+        Of a batch with windows, T are the rows of its pooled stream.
+
         With `rows`, the masks of the last layer's row ops have row numbers of the gathered tensor as coordinates.
         dropout None = as self.training says. `gates`, one a layer: what a pre-norm layer's residual branches are multiplied by; a layer
         whose gate is 0 is left out.
@@ -247,14 +251,17 @@ class Bert(nn.Module):
         dropout_below = dropout and (self.frozen_dropout or self.train_from == 0)
         with torch.set_grad_enabled(learn and self.embeddings in ("train", "full")):
             x = self._embed(batch, dropout_below, rng)
+            stream = _stream(batch)
+            if stream is not batch:
+                x = pool(x, stream)
             for i in range(self.train_from):
-                x = self._layer(i, x, batch, dropout_below, rng)
+                x = self._layer(i, x, stream, dropout_below, rng)
         for i in range(self.train_from, self.depth):
             only, gate = rows if i == self.depth - 1 else None, 1.0 if gates is None else gates[i]
             if gate == 0.0:
                 x = x if only is None else x.index_select(0, only)
             else:
-                x = self._layer(i, x, batch, dropout, rng, only, gate)
+                x = self._layer(i, x, stream, dropout, rng, only, gate)
         if self.final_norm is not None:
             x = ops.layer_norm(x, self.final_norm.weight, self.final_norm.bias, self.config.norm_eps, impl=self.impl)
         return x
@@ -276,7 +283,7 @@ class Bert(nn.Module):
         self,
         i: int,
         x: Tensor,
-        batch: Tokens,
+        stream: Tokens | Pooled,
         dropout: bool,
         rng: Tensor | None,
         rows: Tensor | None = None,
@@ -295,8 +302,8 @@ class Bert(nn.Module):
         heads = self.config.heads, self.config.head_dim
         attention = ops.attention_qkv_varlen(
             fill_heads(qkv, *heads, narrow) if narrow else qkv.view(len(h), 3, *heads),
-            batch.cu_seqlens,
-            batch.max_seqlen,
+            stream.cu_seqlens,
+            stream.max_seqlen,
             dropout_p=self.config.attention_dropout if dropout else 0.0,
             rng=rng,
             site=site + ATTENTION_SITE,
@@ -393,10 +400,11 @@ class Bert(nn.Module):
         return self._logits(packed, input_ids.shape, rng, labels is not None)
 
     def _losses(self, batch: Tokens, rng: Tensor | None, gates: Sequence[float] | None = None) -> Output:
-        predicted, rows = len(batch.masked), batch.masked
+        predicted, stream = len(batch.masked), _stream(batch)
+        rows = stream.masked
         pair = self.pair is not None and batch.pair_labels is not None
         if pair:
-            rows = torch.cat([rows, batch.cu_seqlens[:-1]])  # [CLS] is the first token of its sequence
+            rows = torch.cat([rows, stream.cu_seqlens[:-1]])  # [CLS] is the first token of its sequence
         x = self.encode(batch, rng=rng, rows=rows, gates=gates)
         loss = mlm = self._mlm_loss(x[:predicted], batch.labels)
         pair_loss = None
@@ -429,5 +437,10 @@ class Bert(nn.Module):
     @torch.no_grad()
     def evaluate(self, batch: Tokens) -> tuple[Tensor, Tensor, Tensor]:
         """The sum of the masked-LM losses, how many predictions are right, how many there are; without dropout."""
-        hidden = self.mlm.features(self.encode(batch, rows=batch.masked, dropout=False), self.impl)
+        hidden = self.mlm.features(self.encode(batch, rows=_stream(batch).masked, dropout=False), self.impl)
         return ops.masked_lm_predictions(hidden, self.decoder, self.mlm.bias, batch.labels, impl=self.impl)
+
+
+def _stream(batch: Tokens) -> Tokens | Pooled:
+    """What the encoder's layers read: the tokens, or where these are pooled, what they become."""
+    return batch if batch.windows is None else batch.windows

@@ -26,6 +26,7 @@ class Packed:
     masked: Tensor  # [R] int64, indices into T of the tokens with a label
     labels: Tensor  # [R] int64
     pair_labels: None
+    windows: None
     places: Tensor  # [T] int64, indices into the flattened [B, S]
 
 
@@ -60,5 +61,6 @@ def pack(
         masked=masked,
         labels=targets,
         pair_labels=None,
+        windows=None,
         places=places,
     )

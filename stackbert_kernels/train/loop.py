@@ -11,6 +11,7 @@ import signal
 import statistics
 import threading
 import time
+from collections.abc import Callable
 from contextlib import closing, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -30,6 +31,7 @@ from stackbert_kernels.config import (
     to_dict,
 )
 from stackbert_kernels.data.batches import Batch, Batches, heldout
+from stackbert_kernels.data.windows import windows
 from stackbert_kernels.growth.apply import grow
 from stackbert_kernels.growth.reshape import Kept, reshape
 from stackbert_kernels.growth.share import gradient_cosines, part_layers, parted
@@ -119,7 +121,7 @@ def _execute(run: Run, progress: bool, ranks: Ranks) -> dict:
         )
         held_out = heldout(run.data, config.data, config.model.objective, config.seed)[ranks.rank :: ranks.size]
         held_out = [batch.to(device) for batch in held_out]
-        stream = batches.prefetch(state.step, config.optim.accumulate)
+        stream = batches.prefetch(state.step, config.optim.accumulate, _pooled(spans))
         with closing(stream), closing(_Log(run.metrics, state, ranks)) as log, _stop_signals() as received:
             for span in spans[_index(spans, state.step) :]:
                 span = _parted(span, state)
@@ -204,6 +206,21 @@ def _execute(run: Run, progress: bool, ranks: Ranks) -> dict:
 def _end(run: Run) -> dict:
     write_report(run.directory)
     return _finished(run, f"finished: {run.directory}")
+
+
+def _pooled(spans: list[Span]) -> Callable[[int, Batch], Batch] | None:
+    """What the thread that builds batches does to those of a step whose stage pools tokens; None where no stage does."""
+    if all(span.stage.pool == 1 for span in spans):
+        return None
+
+    def change(step: int, batch: Batch) -> Batch:
+        # The thread is a step or two ahead, past the end of the run, too.
+        stage = span_at(spans, min(step, spans[-1].last - 1)).stage
+        if stage.pool == 1:
+            return batch
+        return replace(batch, windows=windows(batch.cu_seqlens, batch.masked, stage.pool, stage.pool_kind))
+
+    return change
 
 
 # One step
@@ -329,7 +346,8 @@ def _interval(state: State) -> dict:
 def _evaluate(
     model: Bert, batches: list[Batch], config: TrainConfig, train: Batches, ranks: Ranks = ALONE
 ) -> dict[str, float]:
-    """Of this rank's held-out batches and the others'."""
+    """Of this rank's held-out batches and the others': the whole text, unpooled whatever the stage, so that every method and every stage is
+    measured by the same."""
     loss, right, count = 0.0, 0, 0
     for batch in batches:
         with _precision(config, batch.input_ids.device):
