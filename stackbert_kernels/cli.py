@@ -37,6 +37,7 @@ from stackbert_kernels.recipes import (
     RECIPES,
     AlbertOptions,
     Bert2bertOptions,
+    CompoundGrowOptions,
     CoreOptions,
     IncrementalOptions,
     MsltOptions,
@@ -101,7 +102,7 @@ class Pretrain(TrainConfig):
     on top of itself), incremental (new layers alone, then all), share_then_unshare (layers share weights at first), albert (they
     share them throughout), progressive_layer_dropping (steps leave out layers at random),
     bert2bert (from a smaller model, --source), multi_level (down to a smaller model and back),
-    core (low-rank layers first)."""
+    core (low-rank layers first), compound_grow (fewer layers, narrower feed-forward layers and pooled tokens first)."""
     dry_run: Flag = False
     """Print stages and predicted cost, then stop."""
     fresh: Flag = False
@@ -120,6 +121,7 @@ class Pretrain(TrainConfig):
     bert2bert: Bert2bertOptions = field(default_factory=Bert2bertOptions)
     multi_level: MultiLevelOptions = field(default_factory=MultiLevelOptions)
     core: CoreOptions = field(default_factory=CoreOptions)
+    compound_grow: CompoundGrowOptions = field(default_factory=CompoundGrowOptions)
 
     def __post_init__(self):
         """Checked by `config`: the recipe may make the stages that these settings need."""

@@ -9,6 +9,7 @@ What a method may decide, and where each decision is carried out, so that the lo
     a smaller model's weights         Stage.grow of the first stage, with TrainConfig.source (growth/source.py)
     another shape in a stage          Stage.hidden, .heads, .inner, .depth: a new model and optimizer, by maps of their axes
     less in a layer in a stage        Stage.rank, .score_dim: a model with other slots in its bank, made whole by growth/refine.py
+    a shorter stream for the encoder  Stage.pool, .pool_kind: windows of tokens, made beside the batches (data/windows.py)
     a window that moves each step     Stage.submodel: plan.Span.at, a function of seed and step
     the rate                          Stage.lr_policy, .lr_curve, .rewarm: plan.Span.lr, a function of the step alone
     the optimizer's state             Stage.optimizer_state: copied by the same map, zero, or reset
@@ -20,6 +21,7 @@ from __future__ import annotations
 from stackbert_kernels.recipes.albert import AlbertOptions, albert
 from stackbert_kernels.recipes.baseline import BaselineOptions, baseline
 from stackbert_kernels.recipes.bert2bert import Bert2bertOptions, bert2bert
+from stackbert_kernels.recipes.compound_grow import CompoundGrowOptions, compound_grow
 from stackbert_kernels.recipes.core import CoreOptions, core
 from stackbert_kernels.recipes.incremental import IncrementalOptions, incremental
 from stackbert_kernels.recipes.mslt import MsltOptions, mslt
@@ -42,11 +44,12 @@ RECIPES = {
     "bert2bert": (bert2bert, Bert2bertOptions),
     "multi_level": (multi_level, MultiLevelOptions),
     "core": (core, CoreOptions),
+    "compound_grow": (compound_grow, CompoundGrowOptions),
 }
 """What --recipe accepts: the function, called as function(base, options), and the class of its options."""
 NEED_SOURCE = ("bert2bert",)
 """Those that begin from TrainConfig.source."""
 
-__all__ = ["NEED_SOURCE", "RECIPES", "AlbertOptions", "BaselineOptions", "Bert2bertOptions", "CoreOptions", "IncrementalOptions", "MsltOptions", "MultiLevelOptions",
-           "ProgressiveLayerDroppingOptions", "ShareThenUnshareOptions", "StackingOptions", "albert", "baseline", "bert2bert", "core",
+__all__ = ["NEED_SOURCE", "RECIPES", "AlbertOptions", "BaselineOptions", "Bert2bertOptions", "CompoundGrowOptions", "CoreOptions", "IncrementalOptions", "MsltOptions", "MultiLevelOptions",
+           "ProgressiveLayerDroppingOptions", "ShareThenUnshareOptions", "StackingOptions", "albert", "baseline", "bert2bert", "compound_grow", "core",
            "incremental", "mslt", "multi_level", "progressive_layer_dropping", "share_then_unshare", "stacking"]  # fmt: skip
