@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from train.runs import assert_goes_on_bitwise, log_of, settings, state_after, trained
+from train.runs import assert_goes_on_bitwise, log_of, settings, state_after
 
 from stackbert_kernels.config import (
     ConfigError,
@@ -112,6 +112,7 @@ REFUSED = [
     (lambda: stages(LOW | {"embeddings": "freeze"}, REFINE),
      "stages[1]: refine follows a stage in which all learns: embeddings must be 'train' there, got 'freeze'"),
     (lambda: stages(LOW, HALF, {"grow": "decoalesce"}), "stages[1]: relaxed layers (rank, score_dim) have no rule for coalesce: refine them in a stage before"),
+    (lambda: stages(LOW | {"inner": 64}, LOW | {"grow": "widen"}, REFINE), "stages[1]: relaxed layers (rank, score_dim) have no rule for widen: refine them in a stage before"),
     (lambda: stages(LOW | {"grow": "fpi"}, REFINE), "stages[0]: relaxed layers (rank, score_dim) have no rule for fpi: refine them in a stage before"),
 ]  # fmt: skip
 
@@ -124,9 +125,10 @@ def test_refuses(build, message):
 
 
 def test_stages_that_can_follow_each_other():
-    """Deeper while relaxed, one part whole before the other, the window narrower afterwards."""
+    """Deeper while relaxed, one part whole before the other, the window narrower or the feed-forward wider afterwards."""
     stages(LOW | NARROW | {"depth": 2}, LOW | NARROW | {"grow": "stack"}, LOW | REFINE, REFINE)
     stages(NARROW | {"depth": 2}, REFINE | {"depth": 2}, {"grow": "copy_top", "train_from": 2, "embeddings": "freeze"})
+    stages(LOW | {"inner": 64}, {"inner": 64} | REFINE, {"grow": "widen"})
     stages({"rows": (0, 0, 1, 1)} | LOW, {"rows": (0, 0, 1, 1)} | REFINE, {"grow": "unshare"})
 
 
@@ -150,33 +152,31 @@ def test_a_relaxed_model_is_not_exported():
 def test_a_run_becomes_whole_and_goes_on_bitwise(shards, tmp_path, quick, monkeypatch, given, optimizer):
     base = settings(shards, optim=OptimConfig(lr=1e-2, optimizer=optimizer))
     config = core(base, CoreOptions(relaxed=0.4, **given))
-    straight = assert_goes_on_bitwise(config, tmp_path, (7, 8, 9) if not given else (8,))
-
     entered, use = {}, loop._use
 
     def remember(model, optimizer, span):
         use(model, optimizer, span)
-        entered[span.first] = {n: p.detach().clone() for n, p in model.named_parameters()}, optimizer.state_dict()
+        named = {**dict(model.named_parameters()), **optimizer.state_dict()}
+        entered.setdefault(span.first, {name: tensor.detach().clone() for name, tensor in named.items()})
 
     monkeypatch.setattr(loop, "_use", remember)
-    monkeypatch.setattr(loop, "_step", lambda *arguments: (1.0, 1.0, False))  # what the stages begin with is looked at
-    trained(config, tmp_path / "seen")
+    straight = assert_goes_on_bitwise(config, tmp_path, (7, 8, 9) if not given else (8,))
+
+    saved, begun = state_after(straight, 8)[0], entered[8]
     relaxed, whole = (stage_model(config.model, stage) for stage in config.stages)
-    (start, _), (weights, moments) = entered[0], entered[8]
+    model = Bert(replace(relaxed, vocab_size=len(saved["model"]["word"])))
+    model.bank.weights.copy_(saved["model"]["bank"])
     for i in range(4):
         prefix = f"bank.layers.{i}."
-        layer = {name.removeprefix(prefix): p for name, p in start.items() if name.startswith(prefix)}
-        wanted = whole_layer(layer, relaxed, whole, new_keys(relaxed, config.seed, i))
-        assert all(torch.equal(weights[prefix + slot], tensor) for slot, tensor in wanted.items())
-        assert {prefix + slot for slot in wanted} == {name for name in weights if name.startswith(prefix)}
-    assert torch.equal(weights["word"], start["word"])
-    assert not moments["bank.layers.1.inner_weight.exp_avg"].any()
+        layer = {name: p.detach() for name, p in model.bank.layers[i].named_parameters()}
+        for slot, tensor in whole_layer(layer, relaxed, whole, new_keys(relaxed, config.seed, i)).items():
+            assert torch.equal(begun[prefix + slot], tensor), slot
+    assert torch.equal(begun["word"], saved["model"]["word"])
+    assert not begun["bank.layers.1.inner_weight.exp_avg"].any()
+    assert begun["bank.layers.1.out_weight.exp_avg"].any() == (config.stages[1].optimizer_state == "copy")
 
     names = {step: state_after(straight, step)[0]["optimizer"] for step in (8, 9)}
-    rank = config.stages[0].rank > 0
-    assert ("bank.layers.0.inner_reduce.exp_avg" in names[8]) == rank and "bank.layers.0.inner_weight.exp_avg" in names[
-        9
-    ]
+    assert "bank.layers.0.inner_reduce.exp_avg" in names[8] and "bank.layers.0.inner_weight.exp_avg" in names[9]
     assert names[9]["bank.layers.2.step"] == (9 if config.stages[1].optimizer_state == "copy" else 1)
     assert names[9]["word.step"] == (1 if config.stages[1].optimizer_state == "reset" else 9)
     growth = [event for event in log_of(straight) if event["event"] == "growth"]
