@@ -18,8 +18,7 @@ from stackbert_kernels import sweep as sweeps
 from stackbert_kernels.cli import _parse, main
 from stackbert_kernels.config import ConfigError, DataConfig, ModelConfig, OptimConfig, TrainConfig
 from stackbert_kernels.recipes import RECIPES, AlbertOptions, MsltOptions
-from stackbert_kernels.sweep import Sweep
-from stackbert_kernels.sweep import run as running
+from stackbert_kernels.sweep import Sweep, making
 from stackbert_kernels.sweep import settings as sweep_settings
 from stackbert_kernels.sweep import work as working
 from stackbert_kernels.sweep.record import Record
@@ -42,7 +41,7 @@ def folder(tmp_path, monkeypatch):
     words = random.Random(0)
     lines = (" ".join(words.choices("abc acb bac bca cab cba".split(), k=12)) + "." for _ in range(200))  # noqa: SIM905
     (tmp_path / "text.txt").write_text("\n\n".join(lines))
-    monkeypatch.setattr(running, "steps_that_fit", lambda *_: STEPS)
+    monkeypatch.setattr(sweep_settings, "steps_that_fit", lambda *_: STEPS)
     monkeypatch.setattr(working, "TIMED_STEPS", 2)
     monkeypatch.setattr(working, "TIMING_SHARE", 0.0)
     monkeypatch.setattr(sweep_settings, "CHECKPOINTS", 2)
@@ -196,7 +195,7 @@ def test_a_method_that_diverges_is_a_finding(folder, monkeypatch, capsys):
 
 
 def test_a_budget_without_room(folder, monkeypatch, capsys):
-    monkeypatch.setattr(running, "steps_that_fit", lambda *_: 7)
+    monkeypatch.setattr(sweep_settings, "steps_that_fit", lambda *_: 7)
     code, _, err = run(LINE, capsys)
     assert code == 2 and "sweep: baseline in 0.05 minutes: 3 s have room for 7 steps, wanted at least 20" in err
 
@@ -311,7 +310,7 @@ def test_every_method_has_the_same_shape_of_run(tmp_path):
         assert config.steps == 400 and config.optim.warmup == 40 and config.eval_every == 20 and config.recipe == method
         assert replace(config.data, max_ngram=1) == sweep.base.data and config.seed == 3
         assert config.optim.lr == (7e-3 if method == "mslt" else OptimConfig.lr)
-        timed = timing_of(sweep.recipe(method), 4)
+        timed = timing_of(lambda steps, method=method: sweep.config(method, steps), 4)
         assert [s.steps for s in timed.stages] == [4] * len(
             config.stages
         ) and timed.optim.lr < 1e-5  # nothing diverges in four steps
@@ -331,5 +330,5 @@ def test_short_steps_are_timed_again(tmp_path, monkeypatch, seconds, timed):
 
     monkeypatch.setattr(loop, "train", train)
     sweep = replace(sweep_of(tmp_path), seconds=seconds, methods=("mslt",))
-    entry = running._timed(sweep, Record(), ["mslt"], lambda _: None).methods["mslt"]
+    entry = making.timed(sweep, Record(), ["mslt"], lambda _: None)[0].methods["mslt"]
     assert asked == timed and entry.config.steps == pytest.approx(seconds / 0.012, rel=0.01)

@@ -16,7 +16,7 @@ import pytest
 from stackbert_kernels.cli import main
 from stackbert_kernels.config import DataConfig, ModelConfig, TrainConfig
 from stackbert_kernels.sweep import check, side_by_side
-from stackbert_kernels.sweep import run as running
+from stackbert_kernels.sweep import settings as sweep_settings
 from stackbert_kernels.sweep.work import FILL, TRAIN, Work
 from stackbert_kernels.train import loop
 from stackbert_kernels.train.run_directory import read_metrics
@@ -43,7 +43,7 @@ def folder(tmp_path, monkeypatch, two_cores):
     words = random.Random(0)
     lines = (" ".join(words.choices("abc acb bac bca cab cba".split(), k=12)) + "." for _ in range(200))  # noqa: SIM905
     (tmp_path / "text.txt").write_text("\n\n".join(lines))
-    monkeypatch.setattr(running, "steps_that_fit", lambda *_: STEPS)
+    monkeypatch.setattr(sweep_settings, "steps_that_fit", lambda *_: STEPS)
     return tmp_path
 
 
@@ -110,7 +110,7 @@ def test_stopped_in_the_middle_and_on_to_the_end(folder, monkeypatch, capsys):
 
 
 def test_comparing_runs_made_under_different_loads_is_noted(folder, monkeypatch, capsys):
-    monkeypatch.setattr(running, "steps_that_fit", lambda *_: 20)
+    monkeypatch.setattr(sweep_settings, "steps_that_fit", lambda *_: 20)
     monkeypatch.setattr(loop, "write_report", lambda *_: None)
     line = (
         LINE.replace("mslt", "baseline", 1).replace("--mslt.stages 2", "--threads 1").replace("--jobs 2", "--seeds 1")
@@ -174,7 +174,7 @@ def stand_in(tmp_path, monkeypatch, two_cores):
     return tmp_path
 
 
-def perform(folder, *names, jobs=2):
+def perform(folder, *names, jobs=2, fits=lambda work: True):
     """Whether all was done, results by name, and what the processes noted."""
     config = TrainConfig(ModelConfig(max_position=128), DataConfig(), threads=1)
     results = {}
@@ -185,7 +185,8 @@ def perform(folder, *names, jobs=2):
         begins=lambda work: None,
         ended=lambda work, result: results.update({work.name: result}),
         filler=Work(FILL, "filler", config, folder / "filler"),
-        overview=lambda active: "",
+        fits=fits,
+        overview=lambda waiting, active: "",
     )
     return done, results, (folder / "events").read_text().splitlines()
 

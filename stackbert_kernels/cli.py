@@ -10,6 +10,7 @@ import io
 import json
 import re
 import sys
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields, make_dataclass
 from importlib import import_module
@@ -166,6 +167,17 @@ class _Sweep(TrainConfig):
     """Highest learning rate: of all recipes, or of one, as mslt=2e-3."""
     warmup_share: float = 0.05
     """Share of a run's steps over which the rate rises."""
+    tune: Annotated[tuple[float, ...], arg(metavar="RATE ...")] = ()
+    """Rates that each recipe is tried with first, for --tune-minutes with the first seed; it then runs with the one whose final held-out loss
+    was lowest. A recipe whose rate --lr names is not tuned."""
+    tune_minutes: float = 0.0
+    """Of training, for each trial of --tune; 0 = a quarter of --minutes."""
+    source_share: float = 0.2
+    """Recipes that need a --source or --teacher: where none is given, each run first trains a smaller model of its own for this share of
+    its time."""
+    stop_after: float = 0.0
+    """Minutes after which the command ends, so that a sweep can be cut into pieces: a run that would not end before is left for the next
+    one; 0 = never."""
     jobs: int = 1
     """Runs at a time, each in a process of its own with its part of the cores (--threads, else cores / jobs). Steps are timed in the same
     way, and a sweep goes on with as many as it began with."""
@@ -195,7 +207,7 @@ class _Sweep(TrainConfig):
         return TrainConfig(**settings | {name: _plain(getattr(self, name), cls) for name, cls in sections.items()})
 
     def rates(self, recipes: Sequence[str]) -> dict[str, float]:
-        """The highest rate of each recipe: its own, or that of all."""
+        """The highest rate of each recipe: its own, or that of all; with --tune, of those that have their own."""
         shared, own = None, {}
         for given in self.lr:
             name, _, rate = given.rpartition("=")
@@ -207,7 +219,13 @@ class _Sweep(TrainConfig):
                 own[name] = value
             else:
                 shared = value
-        return dict.fromkeys(recipes, OptimConfig.lr if shared is None else shared) | own
+        if not self.tune:
+            return dict.fromkeys(recipes, OptimConfig.lr if shared is None else shared) | own
+        if shared is not None and self.lr != (f"{OptimConfig.lr:g}",):
+            raise ConfigError(
+                f"--lr: with --tune, wanted only rates of single recipes, as mslt={shared:g}, got {shared:g}"
+            )
+        return own
 
 
 Sweep = make_dataclass(
@@ -448,7 +466,7 @@ def summary(config: TrainConfig, result: dict) -> str:
     if result["status"] == "finished":
         lines += ["", cost_table(config, result["stage_seconds"]), ""]
         lines += [
-            f"held-out loss {result['eval_loss']:.3f} (without context {result['unigram_loss']:.3f}), "
+            f"held-out loss {'not finite' if result['eval_loss'] is None else format(result['eval_loss'], '.3f')} (without context {result['unigram_loss']:.3f}), "
             f"accuracy {result['eval_accuracy']:.3f} (without context {result['unigram_accuracy']:.3f}) "
             f"after {result['tokens']:,} tokens in {result['seconds']:.0f} s of training"
         ]
@@ -471,6 +489,10 @@ def _sweep(command: Sweep) -> int:
         seeds=command.seeds,
         warmup=command.warmup_share,
         jobs=command.jobs,
+        tune=command.tune,
+        tune_seconds=60 * (command.tune_minutes or command.minutes / 4),
+        source_share=command.source_share,
+        until=time.monotonic() + 60 * command.stop_after if command.stop_after else float("inf"),
         rates=command.rates(recipes),
         options={name: value for name, value in chosen.items() if value != type(value)()},
     )

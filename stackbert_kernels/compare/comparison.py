@@ -14,7 +14,18 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from stackbert_kernels.compare.runs import MEASURES, NOT_DECAYED, Point, Run, Spent, read_run, run_directories, settings
+from stackbert_kernels.compare.runs import (
+    MEASURES,
+    NOT_DECAYED,
+    ROLES,
+    Point,
+    Run,
+    Spent,
+    read_run,
+    run_directories,
+    settings,
+    source_settings,
+)
 from stackbert_kernels.config import MAY_CHANGE_ON_RESUME, ConfigError, TrainConfig
 from stackbert_kernels.plan import warmup_steps
 
@@ -23,7 +34,7 @@ MID_DECAY = 0.9
 PLATEAU_MARGIN = 0.1
 """Nats below the unigram loss from which a baseline has learned to use context."""
 NOT_OF_THE_METHOD = ("seed", "data.text", "data.vocab", *MAY_CHANGE_ON_RESUME)
-UNREMARKABLE = ("recipe", "steps", "eval_every", "optim.warmup", *NOT_OF_THE_METHOD)
+UNREMARKABLE = ("recipe", "steps", "eval_every", "optim.warmup", *ROLES, *NOT_OF_THE_METHOD)
 DECIDES_EVALUATION = ("model.objective", "data.seq_len", "data.mask_rate", "data.whole_word", "data.eval_tokens")
 
 
@@ -103,6 +114,9 @@ def _methods(runs: Sequence[Run]) -> list[Method]:
     groups: dict[object, list[Run]] = {}
     for run in runs:
         plain = settings(run.config) | {"stages": run.config.stages}
+        for role in ROLES:
+            if plain.get(role):
+                plain[role] = _of_the_method(source_settings(plain[role]))
         key = tuple((name, repr(value)) for name, value in plain.items() if name not in NOT_OF_THE_METHOD)
         groups.setdefault(key, []).append(run)
     names = _names(list(groups.values()))
@@ -114,6 +128,10 @@ def _methods(runs: Sequence[Run]) -> list[Method]:
         )
         for name, group in zip(names, groups.values(), strict=True)
     ]
+
+
+def _of_the_method(value: object) -> object:
+    return {k: v for k, v in value.items() if k not in NOT_OF_THE_METHOD} if isinstance(value, dict) else value
 
 
 def _names(groups: Sequence[Sequence[Run]]) -> list[str]:
@@ -262,6 +280,8 @@ def _entry(
         "runs": [str(run.directory) for run in method.runs],
         "seeds": [run.config.seed for run in method.runs],
         "steps": config.steps,
+        "lr": config.optim.lr,
+        "tuning": method.runs[0].tuning,
         "final_loss": _spread([run.curve[-1].loss for run in method.runs]),
         "final_against_baseline": _spread(differences) if differences else None,
         "final_accuracy": _spread([run.curve[-1].accuracy for run in method.runs]),
@@ -352,8 +372,13 @@ def _method_notes(methods: Sequence[Method], free_source: bool) -> list[str]:
             notes.append(
                 f"{method.name}: its rate had not decayed when it ended ({100 * max(r.last_rate or 0 for r in method.runs):.0f}% of the highest)"
             )
-        for source in {s.path: s for run in method.runs for s in run.sources}.values():
-            notes.append(f"{method.name}: {source.role} {source.path} {_accounted(source.spent, free_source)}")
+        notes += _tuning_notes(method)
+        sources = list({s.path: s for run in method.runs for s in run.sources}.values())
+        if len(sources) > 1 and len(sources) == len(method.runs) and all(s.spent for s in sources):
+            mean = Spent(*(_mean([getattr(s.spent, m) for s in sources]) for m in MEASURES))
+            notes.append(f"{method.name}: the {sources[0].role} of each run {_accounted(mean, free_source)}")
+            continue
+        notes += [f"{method.name}: {s.role} {s.path} {_accounted(s.spent, free_source)}" for s in sources]
     return notes
 
 
@@ -371,6 +396,20 @@ def _load(methods: Sequence[Method]) -> dict[str, int | None] | None:
     loads = {run.load for method in methods for run in method.runs}
     (only,) = loads if len(loads) == 1 else (None,)
     return asdict(only) if only else None
+
+
+def _tuning_notes(method: Method) -> list[str]:
+    """Rates at which it diverged, and a best one at the edge of those tried: another might have been better."""
+    tuning = method.runs[0].tuning
+    if not tuning:
+        return []
+    lr, notes = method.runs[0].config.optim.lr, []
+    if diverged := [_short(trial["lr"]) for trial in tuning["tried"] if trial["loss"] is None]:
+        notes.append(f"{method.name}: diverged at rate {', '.join(diverged)} when it was tuned")
+    for edge, word in ((min, "lowest"), (max, "highest")):
+        if len(tuning["rates"]) > 1 and lr == edge(tuning["rates"]):
+            notes.append(f"{method.name}: its rate {_short(lr)} is the {word} of those tried")
+    return notes
 
 
 def _accounted(spent: Spent | None, free_source: bool) -> str:

@@ -25,7 +25,7 @@ from stackbert_kernels.train.run_facts import Facts, number, read_facts
 
 MEASURES = ("flops", "tokens", "seconds")
 SWEEP = "sweep.json"
-"""Beside the runs of a sweep: how many there were at a time, and with how many threads each."""
+"""Beside the runs of a sweep: how many there were at a time, and with how many threads each; how each recipe's rate was found."""
 COUNTINGS = {"executed": None, "b1": 1.0, "b2": 2.0}
 """How FLOPs are counted: the matrix products as executed (the log's), or layer forwards by plan.step_cost with this b, the head included."""
 ROLES = ("source", "teacher")
@@ -87,6 +87,8 @@ class Run:
     sources: tuple[Source, ...]
     load: Load | None
     """None of a run that no sweep made."""
+    tuning: dict | None
+    """The trials of rates that found this run's, as its sweep noted them; None where there were none."""
 
 
 def run_directories(paths: Sequence[Path]) -> list[Path]:
@@ -121,6 +123,7 @@ def read_run(directory: Path, counting: str = "executed") -> Run:
         fingerprint=_fingerprint(directory, config),
         sources=tuple(_sources(directory, facts, counting, {directory.resolve()})),
         load=_load(directory),
+        tuning=_tuning(directory, config),
     )
 
 
@@ -136,12 +139,29 @@ def _facts(directory: Path) -> tuple[Facts, TrainConfig]:
         raise ConfigError(f"compare: {directory} holds no run that can be read: {error}") from None
 
 
-def _load(directory: Path) -> Load | None:
+def _of_the_sweep(directory: Path) -> dict:
+    """What the sweep beside whose record the run lies noted."""
     try:
         recorded = json.loads((directory.resolve().parent / SWEEP).read_text(encoding="utf-8"))
-        return Load(int(recorded.get("jobs", 1)), recorded.get("threads"))
-    except (OSError, ValueError, TypeError, AttributeError):
-        return None
+    except (OSError, ValueError):
+        return {}
+    return recorded if isinstance(recorded, dict) else {}
+
+
+def _load(directory: Path) -> Load | None:
+    recorded = _of_the_sweep(directory)
+    return Load(recorded.get("jobs", 1), recorded.get("threads")) if recorded else None
+
+
+def _tuning(directory: Path, config: TrainConfig) -> dict | None:
+    found = _of_the_sweep(directory).get("tuning", {}).get(config.recipe)
+    return found if found and found["lr"] == config.optim.lr else None
+
+
+def source_settings(path: str) -> object:
+    """What a source or teacher is, whichever seed it was trained with: its settings, or the path where no run is there."""
+    run = next((p for p in (Path(path), Path(path).parent) if _is_run(p)), None)
+    return path if run is None else settings(_facts(run)[1])
 
 
 def _curve(facts: Facts, config: TrainConfig, counting: str) -> tuple[Point, ...]:

@@ -18,19 +18,22 @@ def text(result: dict) -> str:
     methods, target, equal = result["methods"], result["target"], result["equal"]
     several = any(len(m["runs"]) > 1 for m in methods)
     starred = any(at and at["mid_decay"] for m in methods for at in m["at_equal"].values())
-    losses = [["", "method", "runs", "steps", "final loss", "vs baseline", "accuracy", f"at {magnitude(equal['flops'])}FLOP",
+    rates = any(m["tuning"] for m in methods) or len({m["lr"] for m in methods}) > 1
+    losses = [["", "method", "runs", "steps", *["rate"] * rates, "final loss", "vs baseline", "accuracy", f"at {magnitude(equal['flops'])}FLOP",
                f"at {magnitude(equal['tokens'])} tokens", f"at {_seconds(equal['seconds'])} s"]]  # fmt: skip
     costs = [["", "method", "FLOPs", "tokens", "seconds", "of the runs", "spent in all"]]
     for rank, m in enumerate(methods, 1):
         at, cost, spent = m["at_equal"], m["to_target"], m["spent"]
-        losses.append([str(rank), m["name"], str(len(m["runs"])), f"{m['steps']:,}", _loss(m["final_loss"]),
+        losses.append([str(rank), m["name"], str(len(m["runs"])), f"{m['steps']:,}", *[f"{m['lr']:g}"] * rates, _loss(m["final_loss"]),
                        _difference(m, target["method"]), _loss(m["final_accuracy"]),
                        *(_loss(at[measure]) for measure in ("flops", "tokens", "seconds"))])  # fmt: skip
         of_all = f"{magnitude(spent['flops']['mean'])}FLOP, {magnitude(spent['tokens']['mean'])} tokens, {_seconds(spent['seconds']['mean'])} s"
         costs.append([str(rank), m["name"], _cost(cost, "flops", magnitude), _cost(cost, "tokens", magnitude), _cost(cost, "seconds", _seconds),
                       f"{cost['runs_that_reached']} of {len(m['runs'])}", of_all])  # fmt: skip
     for entry in result["not_ranked"]:
-        losses.append(["-", entry["name"], "", "", f"({entry['curve'][-1]['loss']:.3f})", "", "", "", "", ""])
+        losses.append(
+            ["-", entry["name"], "", "", *[""] * rates, f"({entry['curve'][-1]['loss']:.3f})", "", "", "", "", ""]
+        )
     free = (
         "earlier runs, teachers and sources are free"
         if result["free_source"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 
 from stackbert_kernels.compare.comparison import evaluated_otherwise
@@ -11,15 +12,15 @@ from stackbert_kernels.config import ConfigError, TrainConfig, differences
 from stackbert_kernels.data.prepare import is_prepared
 from stackbert_kernels.plan import plan, span_cost
 from stackbert_kernels.recipes import RECIPES
+from stackbert_kernels.sweep.performing import ASIDE
 from stackbert_kernels.sweep.record import Record, Timed, read
-from stackbert_kernels.sweep.settings import Sweep
+from stackbert_kernels.sweep.settings import NEEDS, Sweep
 from stackbert_kernels.sweep.side_by_side import cores
+from stackbert_kernels.sweep.tuning import with_rates
+from stackbert_kernels.sweep.work import finished
 from stackbert_kernels.train.budget import PROBE_STEPS
-from stackbert_kernels.train.run_directory import DATA, METRICS, check, read_metrics
+from stackbert_kernels.train.run_directory import DATA, check
 from stackbert_kernels.train.run_facts import duration
-
-ASIDE = 1.1
-"""Evaluation, checkpoints and preparation take a tenth of the training or so."""
 
 
 def checked(sweep: Sweep, *, fresh: bool = False) -> Sweep:
@@ -45,6 +46,14 @@ def checked(sweep: Sweep, *, fresh: bool = False) -> Sweep:
         raise ConfigError(f"sweep: minutes must be > 0, got {sweep.seconds / 60:g}")
     if not 0 < sweep.warmup < 1:
         raise ConfigError(f"sweep: warmup_share must be in (0, 1), got {sweep.warmup:g}")
+    if sweep.tune and not 0 < sweep.tune_seconds <= sweep.seconds:
+        raise ConfigError(
+            f"sweep: tune_minutes must be in (0, minutes {sweep.seconds / 60:g}], got {sweep.tune_seconds / 60:g}"
+        )
+    if len(set(sweep.tune)) < len(sweep.tune) or any(not 0 < rate < float("inf") for rate in sweep.tune):
+        raise ConfigError(f"sweep: tune must be rates > 0, each once, got {' '.join(f'{r:g}' for r in sweep.tune)}")
+    if not 0 < sweep.source_share < 1:
+        raise ConfigError(f"sweep: source_share must be in (0, 1), got {sweep.source_share:g}")
     sweep = _with_threads(sweep)
     first, *others = ((method, sweep.config(method, PROBE_STEPS)) for method in sweep.methods)
     for method, config in others:
@@ -62,14 +71,76 @@ def checked(sweep: Sweep, *, fresh: bool = False) -> Sweep:
         raise ConfigError(
             f"out must be new, empty or the directory of a sweep, got {out} with {foreign[0]} and no {SWEEP}"
         )
-    base = check(sweep.base, out / ".nothing")
-    sweep = replace(sweep, base=base)
+    sweep = replace(sweep, base=_checked_base(sweep))
     known = (not fresh and read(out)) or Record()
     same_load(sweep, known, sweep.base.threads)
+    _same_trials(sweep, known)
     for method in sweep.methods:
         if method in known.methods:
-            _same(sweep, method, known.methods[method])
+            _same(with_rates(sweep, known), method, known.methods[method])
     return sweep
+
+
+def _checked_base(sweep: Sweep) -> TrainConfig:
+    """What the methods share, with absolute paths and what is known of the words; ConfigError where a method cannot be run with it."""
+    base, needing = sweep.base, [method for methods in NEEDS.values() for method in methods]
+    for setting, methods in NEEDS.items():
+        if getattr(base, setting) and not any(method in methods for method in sweep.methods):
+            raise ConfigError(
+                f"sweep: --{setting} is for {', '.join(methods)}, but the recipes are {', '.join(sweep.methods)}"
+            )
+    # A source brings its words, by which all methods then read the text: those that have one come first.
+    for method in sorted(sweep.methods, key=lambda method: method not in needing):
+        now = replace(sweep, base=base)
+        setting = now.makes(method)
+        if setting:
+            _can_be_made(base, method, setting)
+        config = now.source_config(method, PROBE_STEPS) if setting else now.config(method, PROBE_STEPS)
+        found = check(config, sweep.directory / ".nothing")
+        base = replace(
+            base,
+            model=replace(base.model, vocab_size=found.model.vocab_size),
+            data=replace(base.data, text=found.data.text, vocab=found.data.vocab),
+            **{s: getattr(found, s) or getattr(base, s) for s in NEEDS},
+        )
+    return base
+
+
+def _can_be_made(base: TrainConfig, method: str, setting: str) -> None:
+    """Whether a run of ours can be the source or teacher: it is read as a BERT of transformers."""
+    if find_spec("transformers") is None:
+        raise ConfigError(f"sweep: the {setting} of {method} is read by transformers: pip install transformers")
+    if base.model.norm != "post" or base.model.embedding:
+        raise ConfigError(
+            f"sweep: the {setting} of {method} is a BERT: norm must be 'post' and embedding 0, "
+            f"got {base.model.norm!r} and {base.model.embedding}; or leave {method} out"
+        )
+
+
+def _same_trials(sweep: Sweep, known: Record) -> None:
+    """ConfigError where the rates of a method were sought in another way."""
+    tuned = {method for method, _, _ in sweep.trials()}
+    for method in sweep.methods:
+        there = known.tuning.get(method)
+        if method in tuned:
+            if (
+                there is None
+                and method in known.methods
+                and any((sweep.directory / f"{method}-seed{sweep.base.seed + i}").exists() for i in range(sweep.seeds))
+            ):
+                raise ConfigError(
+                    f"{sweep.directory} holds runs of {method} whose rate was not tuned; take another --out, or --fresh"
+                )
+            wanted = (set(sweep.tune), sweep.tune_seconds, sweep.base.seed)
+            if there and (set(there.rates), there.seconds, there.seed) != wanted:
+                raise ConfigError(
+                    f"{sweep.directory} tuned {method} with {_trials(there.rates, there.seconds)} and seed {there.seed}, "
+                    f"wanted {_trials(sweep.tune, sweep.tune_seconds)} and seed {sweep.base.seed}; take another --out, or --fresh"
+                )
+
+
+def _trials(rates: tuple[float, ...], seconds: float) -> str:
+    return f"--tune {' '.join(f'{rate:g}' for rate in rates)} of {seconds / 60:g} minutes"
 
 
 def _with_threads(sweep: Sweep) -> Sweep:
@@ -109,14 +180,23 @@ def _load(jobs: int, threads: int | None) -> str:
 
 def _same(sweep: Sweep, method: str, entry: Timed) -> None:
     """ConfigError unless the sweep that began here would have made the same runs of `method`."""
-    there: TrainConfig = entry.config
-    wanted = sweep.config(method, there.steps)
-    wanted = replace(
-        wanted,
-        model=replace(wanted.model, vocab_size=wanted.model.vocab_size or there.model.vocab_size),
-        data=replace(wanted.data, text=(str(_shards(sweep).resolve()),)),
-    )
-    differing = differences(there, wanted)
+    differing = []
+    pairs = [(entry.config, sweep.config(method, entry.config.steps))]
+    if bool(entry.source) != bool(sweep.makes(method)):
+        differing.append(
+            f"its source or teacher: {'made' if entry.source else 'given'} -> {'given' if entry.source else 'made'}"
+        )
+    elif entry.source:
+        pairs.append((entry.source, sweep.source_config(method, entry.source.steps)))
+    for there, wanted in pairs:
+        wanted = replace(
+            wanted,
+            model=replace(wanted.model, vocab_size=wanted.model.vocab_size or there.model.vocab_size),
+            data=replace(wanted.data, text=(str(_shards(sweep).resolve()),)),
+        )
+        if method not in sweep.rates and sweep.tune:  # its rate is not known yet
+            wanted = replace(wanted, optim=replace(wanted.optim, lr=there.optim.lr))
+        differing += [line for line in differences(there, wanted) if line not in differing]
     if entry.seconds != sweep.seconds:
         differing.append(f"minutes: {entry.seconds / 60:g} -> {sweep.seconds / 60:g}")
     if differing:
@@ -133,29 +213,53 @@ def outline(sweep: Sweep) -> str:
     """The plan for a person, before anything was timed."""
     known = read(sweep.directory) or Record()
     rows = [["recipe", "rate", "runs", "minutes each", "stages", "a step costs", "steps"]]
+    trials = {method for method, _, _ in sweep.trials()}
+    rated = with_rates(sweep, known)
     for method in sweep.methods:
-        config = sweep.config(method, PROBE_STEPS)
+        config = rated.config(method, PROBE_STEPS)
+        if method not in trials:
+            rate = f"{config.optim.lr:g}"
+        else:
+            rate = f"{config.optim.lr:g} (tuned)" if method in rated.rates else "tuned"
         cost = sum(span_cost(span) * span.stage.steps for span in plan(config)) / config.steps
         steps = f"{known.methods[method].config.steps:,}" if method in known.methods else "as many as fit"
-        rows.append([method, f"{config.optim.lr:g}", str(sweep.seeds), f"{sweep.seconds / 60:g}", str(len(config.stages)),
+        rows.append([method, rate, str(sweep.seeds), f"{sweep.seconds / 60:g}", str(len(config.stages)),
                      f"{cost:.2f} of a full one", steps])  # fmt: skip
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     lines = ["  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows]
+    for method in sweep.methods:
+        if setting := sweep.makes(method):
+            model = sweep.source_config(method, PROBE_STEPS).model
+            lines.append(
+                f"{method}: each run first trains its {setting}, {model.layers} layers of hidden size {model.hidden}, for "
+                f"{sweep.source_share:.0%} of its time"
+            )
     amounts = amount(sweep)
+    if amounts["trials"]:
+        lines.append(
+            f"tuning: {amounts['trials']} runs of {sweep.tune_seconds / 60:g} minutes, {amounts['tried']} of them made, at rates "
+            f"{' '.join(f'{rate:g}' for rate in sweep.tune)}: {duration(amounts['tuning_seconds_left'])} more, which no method is charged with"
+        )
     at_a_time = f" {_load(sweep.jobs, sweep.base.threads)}:" if sweep.jobs > 1 else ""
     lines.append(
         f"{amounts['runs']} runs, {amounts['finished']} of them finished: {duration(amounts['seconds_left'])} of training,{at_a_time} "
-        f"about {duration(ASIDE * amounts['seconds_left'] / sweep.jobs)} with evaluation and checkpoints"
+        f"about {duration(ASIDE * (amounts['seconds_left'] + amounts['tuning_seconds_left']) / sweep.jobs)} with evaluation"
+        + (", checkpoints and tuning" if amounts["tuning_seconds_left"] else " and checkpoints")
     )
     return "\n".join(lines)
 
 
 def amount(sweep: Sweep) -> dict[str, float]:
-    """How many runs there are, how many are finished, and the seconds of training of the others."""
-    runs = sweep.runs()
+    """How many runs there are, how many are finished, and the seconds of training of the others; of the trials of rates likewise."""
+    runs, known = sweep.runs(), read(sweep.directory) or Record()
     done = sum(finished(run) for _, _, run in runs)
-    return {"runs": len(runs), "finished": done, "seconds_left": (len(runs) - done) * sweep.seconds}
-
-
-def finished(run: Path) -> bool:
-    return any(event["event"] == "end" for event in read_metrics(run / METRICS))
+    trials = sweep.trials()
+    tried = sum(any(t.lr == rate for t in known.tuning[m].tried) for m, rate, _ in trials if m in known.tuning)
+    return {
+        "runs": len(runs),
+        "finished": done,
+        "seconds_left": (len(runs) - done) * sweep.seconds,
+        "trials": len(trials),
+        "tried": tried,
+        "tuning_seconds_left": (len(trials) - tried) * sweep.tune_seconds,
+    }

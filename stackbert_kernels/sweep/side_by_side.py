@@ -41,17 +41,20 @@ def side_by_side(
     *,
     begins: Callable[[Work], None],
     ended: Callable[[Work, dict], None],
+    fits: Callable[[Work], bool],
     filler: Work,
-    overview: Callable[[Sequence[Work]], str],
+    overview: Callable[[Sequence[Work], Sequence[Work]], str],
 ) -> bool:
-    """Performs `pieces` in their order; False where a signal came between, after which each has saved what it had.
+    """Performs `pieces` in their order; False where a signal came between, after which each has saved what it had, or where the next
+    one did not fit into the time any more.
 
-    `ended` gets what perform() returned, or status "crashed" and why. `overview` is the line that a terminal shows meanwhile.
+    `ended` gets what perform() returned, or status "crashed" and why. `overview` makes the line that a terminal shows meanwhile, of the work
+    that waits and that which is being done.
     """
     logs = directory / LOGS
     logs.mkdir(parents=True, exist_ok=True)
     waiting, active, line = list(pieces), {}, _Line()
-    fills, told = True, 0
+    fills, told, late = True, 0, False
     own = cores()
     share = max(1, len(own) // jobs)
     try:
@@ -63,17 +66,22 @@ def side_by_side(
                     for child in active.values():
                         child.process.send_signal(signal.SIGTERM if told == 1 else signal.SIGKILL)
                 for slot in range(jobs):
-                    if slot in active or told or not (waiting or fills):
+                    if slot in active or told:
                         continue
+                    if waiting and not fits(waiting[0]):
+                        waiting.clear()
+                        late = True
                     if waiting:
                         work = waiting.pop(0)
                         line.clear()
                         begins(work)
+                    elif not fills or all(child.work.kind == FILL for child in active.values()):
+                        continue
                     else:
                         work = replace(filler, name=f"filler {slot}", out=filler.out / str(slot))
                     first = slot * share % len(own)
                     active[slot] = _Child(work, own[first : first + share], logs)
-                line.show(lambda: overview([child.work for child in active.values() if child.work.kind != FILL]))
+                line.show(lambda: overview(waiting, [c.work for c in active.values() if c.work.kind != FILL]))
                 time.sleep(POLL_SECONDS)
                 for slot, child in list(active.items()):
                     if child.process.poll() is None:
@@ -93,7 +101,7 @@ def side_by_side(
             child.process.wait()
             child.result(stopped=True)
         shutil.rmtree(filler.out, ignore_errors=True)
-    return not told
+    return not told and not late
 
 
 class _Child:

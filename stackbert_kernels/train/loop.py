@@ -44,7 +44,7 @@ from stackbert_kernels.train.distributed import ALONE, Ranks, joined
 from stackbert_kernels.train.export import export, exportable, exported
 from stackbert_kernels.train.optim import Optimizer
 from stackbert_kernels.train.report import write_report
-from stackbert_kernels.train.run_directory import REPORT, Metrics, Run, cut_metrics, locked, read_metrics
+from stackbert_kernels.train.run_directory import REPORT, Metrics, Run, cut_metrics, finite, locked, read_metrics
 from stackbert_kernels.train.torchrun import Place, check_ranks
 
 TIMED_STEPS = 200
@@ -447,7 +447,8 @@ def _save(run: Run, model: Bert, optimizer: Optimizer, state: State, kept: Kept,
     }
     if kept:
         tensors["kept"] = {f"{i}.{name}": t for i, weights in enumerate(kept) for name, t in weights.items()}
-    documents = {"state": asdict(state), "config": to_dict(run.config)}
+    scores = {name: finite(value) for name, value in state.eval.items()}  # of a run that diverges
+    documents = {"state": asdict(state) | {"eval": scores}, "config": to_dict(run.config)}
     return checkpoint.save(run.checkpoints, state.step, tensors, documents, keep=run.config.keep)
 
 

@@ -239,7 +239,7 @@ class Metrics:
         self.handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
 
     def append(self, event: str, **values) -> None:
-        record = {"event": event} | {name: _finite(value) for name, value in values.items()}
+        record = {"event": event} | {name: finite(value) for name, value in values.items()}
         os.write(self.handle, json.dumps(record, allow_nan=False).encode() + b"\n")
 
     def sync(self) -> None:
@@ -266,6 +266,6 @@ def cut_metrics(path: Path, step: int | None) -> bool:
     return found
 
 
-def _finite(value):
+def finite(value):
     """JSON has no NaN: null says that a number could not be computed."""
     return None if isinstance(value, float) and not math.isfinite(value) else value
