@@ -27,6 +27,7 @@ from stackbert_kernels.recipes import (
     ProgressiveLayerDroppingOptions,
     ShareThenUnshareOptions,
     StackingOptions,
+    compound_grow,
     core,
     mslt,
     multi_level,
@@ -58,6 +59,7 @@ RECIPES = {
     "stacking, from half": lambda base: stacking(base, StackingOptions(factor=2)),
     "multi_level": lambda base: multi_level(base, MultiLevelOptions()),
     "core": core,
+    "compound_grow": compound_grow,
     "share_then_unshare, by gradients": lambda base: share_then_unshare(
         base, ShareThenUnshareOptions(until="split", every=3, below=1.0)
     ),
