@@ -4,8 +4,8 @@ Of k copies of a neuron each reads what it read, and gives a k-th of what it gav
 stays. The function is kept exactly, and Adam's moments follow as gradients do (growth/axes.py).
 
 Copies that share equally, as published, stay twins: dropout comes after their sum, so their gradients are equal in every step, and so is what
-the optimizer makes of them; after hundreds of steps they are the same bit for bit, and the layer is as good as half as wide. `split_noise`
-parts them at once and keeps the function, too: the shares differ, and sum to the whole.
+the optimizer makes of them. Only rounding can part them, and on the CPU it does not in hundreds of steps: the layer is as good as half as
+wide. `split_noise` parts them at once and keeps the function, too: the shares differ, and sum to the whole.
 
 C hidden, I inner neurons before, k copies.
 """
