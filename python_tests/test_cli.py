@@ -60,6 +60,33 @@ BAD = {
     "pretrain text.txt --out run --recipe mslt --stacking.start 3": "--stacking options need --recipe stacking, got --recipe mslt",
     "pretrain text.txt --out run --recipe stacking --layers 7": "stacking: layers must be start x 2 x 2 ..., got layers 7",
     "pretrain text.txt --out run --recipe incremental --layers 3": "incremental: layers must be at least stages",
+    "pretrain text.txt --out run --layers 1000000000000": "layers must be at most 4096, got 1000000000000",
+    "pretrain text.txt --out run --hidden 1000000 --heads 10 --device cpu": "parameters take ",
+    "pretrain text.txt --out run --vocab-size 30522": "vocab_size must be at most train_vocab_size where the words are learned here",
+    "pretrain text.txt --out run --objective mlm+sop --token-types 1": "token_types must be >= 2 with objective mlm+sop, got 1",
+    "pretrain text.txt --out run --batch-tokens 1000000000000": "batch_tokens must be at most 268435456",
+    "pretrain text.txt --out run --accumulate 4096": "accumulate must be <= batch_tokens, got accumulate 4096, batch_tokens 2048",
+    "pretrain text.txt --out run --seed -1": "seed must be in [0, 2^63), got -1",
+    "pretrain text.txt --out run --threads 1000000": "threads must be at most 4096, got 1000000",
+    "pretrain text.txt --out run --norm-eps 1e-40": "norm_eps must be >= 1e-30, got 1e-40",
+    "pretrain text.txt --out run --weight-decay inf": "weight_decay must be finite, got inf",
+    "pretrain text.txt --out run --beta1 2": "stackbert: beta1 must be in [0, 1), got 2.0",
+    "pretrain text.txt --out run --short-seq-len 128": "short_seq_len must be 0 or in [8, seq_len), got short_seq_len 128, seq_len 128",
+    "pretrain text.txt --out run --short-share 0.5": "short_share needs short_seq_len, got short_share 0.5 without it",
+    "pretrain text.txt --out run --short-seq-len 64 --steps 4": "steps must leave both lengths (short_share 0.9) at least 1, got steps 4",
+    "pretrain text.txt --out run --mslt.rewarm x": "--mslt.rewarm: wanted a whole number or None, got 'x'\n",
+    "pretrain text.txt --out run --mslt.stage-weights 1 x": "--mslt.stage-weights: wanted numbers, got '1', 'x'\n",
+    "pretrain text.txt --out run --mslt.stage-weights 9e307 9e307 9e307 9e307": "stage_weights are too large to share out 840 steps by",
+    "pretrain text.txt --out run --recipe share_then_unshare --share-then-unshare.below nan": "stackbert: share_then_unshare: below must be",
+    "pretrain text.txt --out run --recipe share_then_unshare --share-then-unshare.every 5": "until fixed does not read every, got 5",
+    "pretrain text.txt --out run --recipe progressive_layer_dropping --progressive-layer-dropping.keep 1e-320": "keep must be in [0.001, 1]",
+    "pretrain text.txt --out run --recipe bert2bert": "bert2bert: --source must name a run or a transformers directory",
+    "pretrain text.txt --out run --recipe bert2bert --source nothing": "source: nothing must be a run or a transformers directory",
+    "pretrain text.txt --out run --recipe baseline --source nothing": "source: recipe baseline begins from random weights",
+    "pretrain text.txt --out run --recipe albert --objective mlm+nsp": "albert: sentence order takes the place of next sentence",
+    "pretrain text.txt --out run --recipe albert --albert.groups 5": "albert: layers must be divisible by groups, got layers 12, groups 5",
+    "pretrain text.txt --out run --recipe multi_level --embedding 64": "multi_level: factorised embeddings have no smaller level",
+    "pretrain text.txt --out run --recipe multi_level --layers 6 --multi-level.levels 3": "layers must be divisible by factor for each smaller",
     "pretrain nothing.txt --out run": "text: no such file, directory or glob: ",
     "pretrain empty.txt --out run": "text is empty: ",
     "pretrain text.txt --out run --vocab nothing.txt": "vocab: cannot read ",
@@ -74,6 +101,10 @@ BAD = {
     "checkpoint verify nothing": "needs a run directory, a checkpoints folder or a checkpoint, got nothing",
     "checkpoint look nothing": "'look'",
     "prepare text.txt --out shards --seq-len 64": "Unrecognized or misplaced options: --seq-len 64\n",
+    "prepare text.txt --out shards --short-share 0.5": "Unrecognized or misplaced options: --short-share 0.5\n",
+    "prepare text.txt --out shards --workers -1": "workers must be in [0, 1024], got -1",
+    "sweep baseline text.txt --out sweep --minutes 1 --seeds 1000000": "sweep: seeds must be at most 1000, got 1000000",
+    "sweep baseline text.txt --out sweep --minutes 1 --seed -1": "seed must be in [0, 2^63), got -1",
 }
 
 
@@ -102,6 +133,54 @@ def test_what_this_machine_lacks_is_refused_before_any_work(text, capsys, monkey
     assert code == 2 and err.count("\n") == 1
     assert "Triton takes CPU tensors only under TRITON_INTERPRET=1, for tests; usable: native, reference" in err
     assert sorted(os.listdir(text)) == before
+
+
+def bad_values(annotation: str) -> list[str]:
+    """By the type of an option: values that none with this type can have."""
+    if "str" in annotation and "tuple" not in annotation:
+        return ["nonsense"]
+    if "float" in annotation:
+        return ["-1", "nan"]
+    return ["-1"] if "int" in annotation else []
+
+
+def huge_values(annotation: str) -> list[str]:
+    return ["1000000000000"] if "int" in annotation else ["1e300"] if "float" in annotation else []
+
+
+def every_option(section: str) -> list[tuple[str, str]]:
+    """(name, type) of a recipe's options, or of those that all recipes share."""
+    from dataclasses import fields
+
+    if section in RECIPES:
+        return [(f"{section}.{f.name}".replace("_", "-"), str(f.type)) for f in fields(RECIPES[section][1])]
+    named = [f for part in (ModelConfig, DataConfig, OptimConfig, TrainConfig) for f in fields(part)]
+    aside = ("model", "data", "optim", "stages", "text", "recipe")
+    return [(f.name.replace("_", "-"), str(f.type)) for f in named if f.name not in aside]
+
+
+@pytest.mark.parametrize("section", ["of all", *RECIPES])
+def test_every_option_refuses_a_bad_value_in_one_line(text, capsys, section):
+    """What is negative, not a number or not a word of the option; and what is far too large either works or is refused as well."""
+    recipe = section if section in RECIPES else "baseline"
+    for option, kind in every_option(section):
+        for value in (*bad_values(kind), *huge_values(kind)):
+            line = f"pretrain text.txt --out run --recipe {recipe} --{option} {value} --dry-run"
+            code, out, err = run(line, capsys)
+            assert code == 2 or (value in huge_values(kind) and code == 0), line
+            assert code == 0 or (err.startswith("stackbert: ") and err.count("\n") == 1 and out == ""), line
+
+
+def test_sentence_order_wants_more_than_one_sentence(text, capsys):
+    """Each document of text.txt is one sentence. Said at once where the text is prepared, and before the first step where it is not."""
+    wanted = "objective mlm+sop needs documents of at least 2 sentences, got "
+    code, _, err = run(f"pretrain text.txt --out run {SMALL} --objective mlm+sop --steps 8", capsys)
+    assert code == 2 and wanted in err and not (text / "run" / "checkpoints").exists()
+    assert run("prepare text.txt --out shards --train-vocab-size 100 --heldout 0.1", capsys)[0] == 0
+    for line in ("--recipe albert", "--recipe baseline --objective mlm+sop"):
+        code, out, err = run(f"pretrain shards --out other {line} --dry-run", capsys)
+        assert code == 2 and wanted in err and err.count("\n") == 1 and out == "" and not (text / "other").exists()
+    assert run("pretrain shards --out other --recipe albert --albert.no-sop --dry-run", capsys)[0] == 0
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root reads everything")

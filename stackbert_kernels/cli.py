@@ -54,6 +54,7 @@ if TYPE_CHECKING:
     from stackbert_kernels.train.run_directory import Run
 
 DONE, FAILED, BAD_ARGUMENTS = 0, 1, 2
+MOST_WORKERS = 1024
 
 Texts = Annotated[tuple[str, ...], Positional, arg(metavar="TEXT...")]
 Flag = FlagCreatePairsOff[bool]
@@ -377,10 +378,14 @@ def _one_line(page: str) -> str:
         rows = rows[2:]
     end = next((i for i, row in enumerate(rows) if not row.strip("─-")), len(rows))
     message, rest = " ".join(rows[:end]), rows[end:]
-    message = re.sub(r"^Error parsing (__tyro-dummy-inner__\.)?\w+: (?=[a-z_]+[: ])", "", message)
+    message = re.sub(r"^Error parsing (__tyro-dummy-inner__\.)?\w[\w-]*: (?=[a-z0-9_]+[: ])", "", message)
     message = message.replace("__tyro-dummy-inner__.", "").removeprefix("Error parsing ")
     message = message.replace("invalid literal for int() with base 10:", "wanted a whole number, got")
     message = message.replace("could not convert string to float:", "wanted a number, got")
+    message = re.sub(
+        r"no type matching \{None\}\|(INT|FLOAT) could be instantiated from \[(.*?)\]\..*", _number_or_none, message
+    )
+    message = re.sub(r"Could not find valid parse for arguments: \[(.*)\]", r"wanted numbers, got \1", message)
     if not message.startswith("Unrecognized"):
         return message
     message = re.sub(r" \(applied to [^)]*\)| Arguments are applied to .*", "", message)
@@ -391,6 +396,10 @@ def _one_line(page: str) -> str:
         return f"{message}; commands are {' '.join(rest[first : last + 1]).removeprefix('Available subcommands: ')}"
     meant = next((row.split()[0].rstrip(",") for row in rest if row.startswith("--") and row.strip("-")), None)
     return f"{message}; did you mean {meant}?" if meant and meant not in message.split() else message
+
+
+def _number_or_none(match: re.Match) -> str:
+    return f"wanted {'a whole number' if match[1] == 'INT' else 'a number'} or None, got {match[2]}"
 
 
 def complain(reason: object, code: int) -> int:
@@ -545,6 +554,8 @@ def _compare(command: Compare) -> int:
 def _prepare(command: Prepare) -> int:
     from stackbert_kernels.data.prepare import load_manifest, prepare
 
+    if not 0 <= command.workers <= MOST_WORKERS:
+        raise ConfigError(f"workers must be in [0, {MOST_WORKERS}], got {command.workers}")
     directory = prepare(
         command.data.text, command.out, _plain(command.data, DataConfig), workers=command.workers or None
     )

@@ -307,6 +307,14 @@ def bank_rows(config: TrainConfig) -> int:
     return max(stage.depth if stage.untie.every else stage.bank_rows for stage in config.stages)
 
 
+def model_parameters(config: TrainConfig) -> int:
+    """Of the whole model, heads and the rows of its bank."""
+    model, vocab = config.model, vocab_size(config.model, config.data)
+    return (
+        bank_rows(config) * layer_parameters(model) + embedding_parameters(model, vocab) + head_parameters(model, vocab)
+    )
+
+
 def layer_parameters(model: ModelConfig) -> int:
     return attention_parameters(model) + feed_forward_parameters(model)
 

@@ -201,10 +201,27 @@ def test_one_line_before_any_work(shards, source, tmp_path, capsys):
     a, b = (next(k for k, v in vocabulary.items() if v == n) for n in (10, 11))
     vocabulary[a], vocabulary[b] = 11, 10
     (source / "tokenizer.json").write_text(json.dumps(words))
-    assert "was prepared with other words than those of" in refused()
+    assert "has other words than" in refused()
+    weights = (source / "model.safetensors").rename(source / "elsewhere")
+    assert "has no weights: wanted one of model.safetensors, " in refused()
+    weights.rename(source / "model.safetensors")
     settings = json.loads((source / "config.json").read_text())
+    (source / "config.json").write_text(json.dumps(settings | {"hidden_size": "16"}))
+    assert refused().endswith("hidden_size must be a number, got '16'")
     (source / "config.json").write_text(json.dumps(settings | {"model_type": "roberta"}))
     assert "must hold a BERT, got model_type 'roberta'" in refused()
+
+
+def test_a_vocabulary_with_other_words_than_the_sources_is_refused(source, tmp_path, capsys):
+    """As many words, two of them in each other's place: nothing but the words themselves can tell."""
+    words = json.loads((source / "tokenizer.json").read_text())
+    vocabulary = words["model"]["vocab"]
+    a, b = (next(k for k, v in vocabulary.items() if v == n) for n in (10, 11))
+    vocabulary[a], vocabulary[b] = 11, 10
+    (tmp_path / "other.json").write_text(json.dumps(words))
+    (tmp_path / "text.txt").write_text("ban bar.\n\nban bar bat don.")
+    said = refusal(tmp_path / "text.txt", tmp_path, source, capsys, "--vocab", str(tmp_path / "other.json"))
+    assert said == f"source: {tmp_path / 'other.json'} has other words than {source / 'tokenizer.json'}"
 
 
 # Runs

@@ -97,7 +97,7 @@ def test_expected_cost():
 
 
 REFUSED = [
-    (lambda: Options(keep=0.0), "progressive_layer_dropping: keep must be in (0, 1], got 0.0"),
+    (lambda: Options(keep=0.0), "progressive_layer_dropping: keep must be in [0.001, 1], got 0.0"),
     (lambda: Options(gamma=-1.0), "progressive_layer_dropping: gamma must be >= 0 and finite, got -1.0"),
     (lambda: LayerDrop(0.5), "drop: gamma must be > 0 with keep 0.5, got 0.0"),
     (lambda: Stage(steps=1, depth=4, train_from=2, embeddings="freeze", drop=LayerDrop(0.5, 1.0)),

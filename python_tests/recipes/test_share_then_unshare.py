@@ -56,8 +56,8 @@ REFUSED = [
     ({"until": "late"}, {}, "share_then_unshare: until must be one of fixed, adaptive, split, got 'late'"),
     ({"until": "adaptive", "rewarm": 5}, {}, "share_then_unshare: rewarm needs a known step: until must be fixed, got adaptive"),
     ({"until": "split", "unit": 2}, {}, "share_then_unshare: until split begins with one group, which needs unit 1, got 2"),
-    ({"until": "split", "below": 2.0}, {}, "untie: below must be in [-1, 1], got 2.0"),
-    ({"every": -1}, {}, "share_then_unshare: every must be >= 0, got -1"),
+    ({"until": "split", "below": 2.0}, {}, "share_then_unshare: below must be in [-1, 1], got 2.0"),
+    ({"every": -1, "until": "split"}, {}, "share_then_unshare: every must be >= 0, got -1"),
     ({}, {"steps": 3}, "share_then_unshare: steps must leave both stages (shared 0.1) at least 1, got steps 3"),
 ]  # fmt: skip
 

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from stackbert_kernels.config.checks import one_of, positive, require
+from stackbert_kernels.config.checks import at_most, one_of, positive, require
 from stackbert_kernels.config.sections import DataConfig, ModelConfig, OptimConfig
 from stackbert_kernels.config.sequence import check_levels, check_stages
 from stackbert_kernels.config.stage import Stage
 
 IMPLEMENTATIONS = ("auto", "reference", "native", "triton")
+MOST_THREADS = 4096
 
 
 @dataclass(frozen=True)
@@ -54,6 +55,12 @@ class TrainConfig:
         )
         require(self.keep >= 1, f"keep must be >= 1, got {self.keep}")
         require(self.threads >= 0, f"threads must be >= 0, got {self.threads}")
+        at_most(MOST_THREADS, threads=self.threads)
+        require(0 <= self.seed < 2**63, f"seed must be in [0, 2^63), got {self.seed}")
+        require(
+            self.optim.accumulate <= self.data.batch_tokens,
+            f"accumulate must be <= batch_tokens, got accumulate {self.optim.accumulate}, batch_tokens {self.data.batch_tokens}",
+        )
         one_of("precision", self.precision, ("fp32", "bf16"))
         one_of("impl", self.impl, IMPLEMENTATIONS)
         require(

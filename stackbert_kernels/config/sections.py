@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
-from stackbert_kernels.config.checks import fraction, one_of, positive, require
+from stackbert_kernels.config.checks import at_most, fraction, not_rounded_away, one_of, positive, require
 
 ACTIVATIONS = ("gelu", "gelu_tanh")
 NORMS = ("post", "pre")
 OBJECTIVES = ("mlm", "mlm+nsp", "mlm+sop")
 OPTIMIZERS = ("adamw", "lamb", "lans")
+MOST_LAYERS, MOST_BATCH_TOKENS, MOST_WORDS = 4096, 2**28, 2**24
+"""Beyond all that is trained; what is larger is a slip of the hand that would take all memory."""
 
 
 @dataclass(frozen=True)
@@ -58,6 +61,8 @@ class ModelConfig:
     def __post_init__(self):
         positive(layers=self.layers, hidden=self.hidden, heads=self.heads, max_position=self.max_position)
         positive(token_types=self.token_types, norm_eps=self.norm_eps, init_std=self.init_std)
+        at_most(MOST_LAYERS, layers=self.layers)
+        not_rounded_away(norm_eps=self.norm_eps)
         require(
             self.hidden % self.heads == 0,
             f"hidden must be divisible by heads, got hidden {self.hidden}, heads {self.heads}",
@@ -68,6 +73,10 @@ class ModelConfig:
         one_of("activation", self.activation, ACTIVATIONS)
         one_of("norm", self.norm, NORMS)
         one_of("objective", self.objective, OBJECTIVES)
+        require(
+            self.objective == "mlm" or self.token_types >= 2,
+            f"token_types must be >= 2 with objective {self.objective}, got {self.token_types}",
+        )
         if self.inner == 0:
             object.__setattr__(self, "inner", 4 * self.hidden)
         require(
@@ -154,6 +163,8 @@ class DataConfig:
             f"short_share needs short_seq_len, got short_share {self.short_share} without it",
         )
         positive(train_vocab_size=self.train_vocab_size, eval_tokens=self.eval_tokens)
+        at_most(MOST_BATCH_TOKENS, batch_tokens=self.batch_tokens)
+        at_most(MOST_WORDS, train_vocab_size=self.train_vocab_size)
         require(1 <= self.max_ngram <= 16, f"max_ngram must be in [1, 16], got {self.max_ngram}")
         fraction(mask_rate=self.mask_rate, heldout=self.heldout)
         positive(mask_rate=self.mask_rate, heldout=self.heldout)
@@ -189,10 +200,9 @@ class OptimConfig:
     def __post_init__(self):
         positive(lr=self.lr, eps=self.eps, accumulate=self.accumulate, skip_limit=self.skip_limit)
         one_of("optimizer", self.optimizer, OPTIMIZERS)
-        require(
-            self.optimizer == "adamw" or self.eps >= 1e-30,
-            f"eps must be >= 1e-30 with optimizer {self.optimizer}, got {self.eps}",
-        )
+        not_rounded_away(eps=self.eps)
         fraction(beta1=self.beta1, beta2=self.beta2)
         for name in ("warmup", "constant", "weight_decay", "clip"):
-            require(getattr(self, name) >= 0, f"{name} must be >= 0, got {getattr(self, name)}")
+            value = getattr(self, name)
+            require(value >= 0, f"{name} must be >= 0, got {value}")
+            require(value < math.inf, f"{name} must be finite, got {value}")

@@ -74,6 +74,16 @@ def require_tokens(manifest: dict, seq_len: int) -> None:
         raise ConfigError(f"text is too small: one sequence wants seq_len {seq_len} tokens, the text has {have}")
 
 
+def require_pairs(manifest: dict, objective: str) -> None:
+    """Sentence order is of sentences: a document of one has none."""
+    train = manifest["splits"]["train"]
+    if objective == "mlm+sop" and train["sentences"] == train["documents"]:
+        raise ConfigError(
+            f"objective mlm+sop needs documents of at least 2 sentences, got {train['documents']} of one sentence each; "
+            "a blank line parts documents, a line or a full stop sentences"
+        )
+
+
 def prepare(
     text: Sequence[str], out: Path, data: DataConfig, *, progress: bool = True, workers: int | None = None
 ) -> Path:

@@ -29,6 +29,7 @@ FIELDS = {
 ACTIVATIONS = {"gelu": "gelu", "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh"}
 MAY_GROW = ("layers", "hidden", "heads", "inner")
 VOCABULARIES = ("tokenizer.json", "vocab.txt")
+WEIGHTS = tuple(name + end for name in ("model.safetensors", "pytorch_model.bin") for end in ("", ".index.json"))
 
 
 def source_directory(path: Path | str) -> Path:
@@ -58,6 +59,11 @@ def source_shape(path: Path | str) -> ModelConfig:
     if missing:
         raise ConfigError(f"source: {directory / 'config.json'} lacks {', '.join(missing)}")
     values = {ours: settings[theirs] for ours, theirs in FIELDS.items()}
+    strange = [FIELDS[name] for name, value in values.items() if type(value) not in (int, float)]
+    if strange:
+        raise ConfigError(
+            f"source: {directory / 'config.json'}: {strange[0]} must be a number, got {settings[strange[0]]!r}"
+        )
     return ModelConfig(**values, activation=ACTIVATIONS[settings["hidden_act"]])
 
 
@@ -80,6 +86,9 @@ def check_source(config: TrainConfig) -> None:
     if config.model.embedding:
         raise ConfigError(f"source: a BERT has no factorised embeddings, got embedding {config.model.embedding}")
     check_widening(source_shape(config.source), config.model)
+    directory = source_directory(config.source)
+    if not any((directory / name).is_file() for name in WEIGHTS):
+        raise ConfigError(f"source: {directory} has no weights: wanted one of {', '.join(WEIGHTS)}")
 
 
 def check_widening(source: ModelConfig, model: ModelConfig) -> None:

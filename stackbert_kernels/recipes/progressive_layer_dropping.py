@@ -6,6 +6,8 @@ from dataclasses import dataclass, replace
 
 from stackbert_kernels.config import ConfigError, LayerDrop, Stage, TrainConfig
 
+SMALLEST_KEEP = 0.001
+"""What a layer adds is multiplied by 1 / keep in a step that keeps it."""
 DECAYS = 100.0
 """gamma times the run's steps, as the paper has it (from memory)."""
 
@@ -24,8 +26,8 @@ class ProgressiveLayerDroppingOptions:
     """Whether the matrices that end a residual branch begin smaller, by 1 / sqrt(2 layers)."""
 
     def __post_init__(self):
-        if not 0 < self.keep <= 1:
-            raise ConfigError(f"progressive_layer_dropping: keep must be in (0, 1], got {self.keep}")
+        if not SMALLEST_KEEP <= self.keep <= 1:
+            raise ConfigError(f"progressive_layer_dropping: keep must be in [{SMALLEST_KEEP}, 1], got {self.keep}")
         if not 0 <= self.gamma < float("inf"):
             raise ConfigError(f"progressive_layer_dropping: gamma must be >= 0 and finite, got {self.gamma}")
 

@@ -46,6 +46,8 @@ class ShareThenUnshareOptions:
     def __post_init__(self):
         if not 0 <= self.shared < 1:
             raise ConfigError(f"share_then_unshare: shared must be in [0, 1), got {self.shared}")
+        if not -1 <= self.below <= 1:
+            raise ConfigError(f"share_then_unshare: below must be in [-1, 1], got {self.below}")
         for name, least in (("unit", 1), ("rewarm", 0), ("every", 0)):
             if getattr(self, name) < least:
                 raise ConfigError(f"share_then_unshare: {name} must be >= {least}, got {getattr(self, name)}")
@@ -68,6 +70,10 @@ def share_then_unshare(base: TrainConfig, options: ShareThenUnshareOptions = Sha
     The paper's correlation is not spelled out; here it is the cosine. Theirs is a pre-norm BERT-large at 3e-4.
     """
     layers, unit = base.model.layers, options.unit
+    stray = ("every", "below") if options.until == "fixed" else ("shared",)
+    for name in stray:
+        if getattr(options, name) != getattr(ShareThenUnshareOptions, name):
+            raise ConfigError(f"share_then_unshare: until {options.until} does not read {name}, got {getattr(options, name)}")  # fmt: skip
     fitting = [n for n in range(1, layers) if layers % n == 0]
     if unit not in fitting:
         raise ConfigError(

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+
+from stackbert_kernels.config import ConfigError
 
 LONGEST_REWARM = 1000
 
@@ -10,6 +13,8 @@ LONGEST_REWARM = 1000
 def divide(steps: int, weights: Sequence[float]) -> list[int]:
     """`steps` in proportion to `weights`, in whole numbers that sum to it: each boundary is rounded, not each share."""
     total, done, shares = sum(weights), 0.0, []
+    if not steps * total < math.inf:
+        raise ConfigError(f"stage_weights are too large to share out {steps} steps by, got {tuple(weights)}")
     for weight in weights:
         first = round(steps * done / total)
         done += weight

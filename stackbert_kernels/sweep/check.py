@@ -22,6 +22,8 @@ from stackbert_kernels.train.budget import PROBE_STEPS
 from stackbert_kernels.train.run_directory import DATA, check
 from stackbert_kernels.train.run_facts import duration
 
+MOST_SEEDS = 1000
+
 
 def checked(sweep: Sweep, *, fresh: bool = False) -> Sweep:
     """Looks at everything that can be wrong before work begins and changes nothing; ConfigError in one line.
@@ -42,6 +44,8 @@ def checked(sweep: Sweep, *, fresh: bool = False) -> Sweep:
         raise ConfigError(f"sweep: each recipe once, got {', '.join(sweep.methods)}")
     if sweep.seeds < 1:
         raise ConfigError(f"sweep: seeds must be >= 1, got {sweep.seeds}")
+    if sweep.seeds > MOST_SEEDS:
+        raise ConfigError(f"sweep: seeds must be at most {MOST_SEEDS}, got {sweep.seeds}")
     if not 0 < sweep.seconds < float("inf"):
         raise ConfigError(f"sweep: minutes must be > 0, got {sweep.seconds / 60:g}")
     if not 0 < sweep.warmup < 1:

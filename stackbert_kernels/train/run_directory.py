@@ -20,12 +20,15 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from tokenizers import Tokenizer
+
 from stackbert_kernels.config import ConfigError, TrainConfig, differences, from_dict, to_dict
 from stackbert_kernels.data import tokenizer
-from stackbert_kernels.data.prepare import is_prepared, load_manifest, prepare
+from stackbert_kernels.data.prepare import is_prepared, load_manifest, prepare, require_pairs
 from stackbert_kernels.data.prepare import tokenizer as prepared_tokenizer
 from stackbert_kernels.data.text import source_files
 from stackbert_kernels.growth.source import check_source, source_vocabulary
+from stackbert_kernels.plan import model_parameters
 
 CONFIG, DATA, METRICS, CHECKPOINTS, MODEL, TEXT = "config.json", "data", "metrics.jsonl", "checkpoints", "model", "text"
 REPORT, FIGURE = "report.html", "report.png"
@@ -70,13 +73,24 @@ def check(config: TrainConfig, directory: Path, *, fresh: bool = False) -> Train
         config = _the_same(earlier, config, directory)
     text = config.data.text
     if len(text) == 1 and is_prepared(text[0]):
-        config = _resolved(config, load_manifest(text[0])["vocab_size"])
-        _check_words(config, text[0])
+        manifest = load_manifest(text[0])
+        config = _resolved(config, manifest["vocab_size"])
+        _check_words(config, prepared_tokenizer(text[0]), text[0])
+        require_pairs(manifest, config.model.objective)
         return config
     files = source_files(text)
     if not any(os.path.getsize(file) for file in files):
         raise ConfigError(f"text is empty: {', '.join(map(str, files[:3]))}{', ...' if len(files) > 3 else ''}")
-    return _resolved(config, tokenizer.load(vocab, data.lowercase).get_vocab_size()) if vocab else config
+    if vocab:
+        words = tokenizer.load(vocab, data.lowercase)
+        _check_words(config, words, vocab)
+        return _resolved(config, words.get_vocab_size())
+    if config.model.vocab_size > data.train_vocab_size:
+        raise ConfigError(
+            f"vocab_size must be at most train_vocab_size where the words are learned here, got vocab_size {config.model.vocab_size}, "
+            f"train_vocab_size {data.train_vocab_size}"
+        )
+    return config
 
 
 def _with_vocabulary(config: TrainConfig) -> TrainConfig:
@@ -89,13 +103,15 @@ def _with_vocabulary(config: TrainConfig) -> TrainConfig:
     return replace(config, data=replace(config.data, vocab=str(vocab)))
 
 
-def _check_words(config: TrainConfig, prepared: str) -> None:
-    """Rows of the source's word embedding must mean the words that they meant there."""
+def _check_words(config: TrainConfig, words: Tokenizer, where: str) -> None:
+    """Rows of the source's word embedding must mean the words that they meant there; whole words need to be seen in pieces."""
+    if config.data.whole_word and tokenizer.continuations(words) is None:
+        raise ConfigError(f"whole_word needs a tokenizer that marks pieces inside words (WordPiece's ##), got {where}")
     vocab = source_vocabulary(config.source) if config.source else None
-    if vocab is not None:
+    if vocab is not None and os.path.abspath(vocab) != where:
         theirs = tokenizer.load(str(vocab), config.data.lowercase).get_vocab()
-        if theirs != prepared_tokenizer(prepared).get_vocab():
-            raise ConfigError(f"source: {prepared} was prepared with other words than those of {vocab}")
+        if theirs != words.get_vocab():
+            raise ConfigError(f"source: {where} has other words than {vocab}")
 
 
 def open_run(config: TrainConfig, directory: Path, *, fresh: bool = False, progress: bool = True) -> Run:
@@ -105,18 +121,33 @@ def open_run(config: TrainConfig, directory: Path, *, fresh: bool = False, progr
     """
     directory = Path(directory)
     config = check(config, directory, fresh=fresh)
+    _check_memory(config)
     try:
         if fresh and directory.exists():
             with locked(directory / CHECKPOINTS):
                 _start_over(directory)
         data = prepare(config.data.text, directory / DATA, config.data, progress=progress)
-        config = _resolved(config, load_manifest(data)["vocab_size"])
+        manifest = load_manifest(data)
+        require_pairs(manifest, config.model.objective)
+        config = _resolved(config, manifest["vocab_size"])
         os.makedirs(directory, exist_ok=True)
         write_json(directory / CONFIG, to_dict(config))
     except OSError as error:
         raise ConfigError(f"{error.filename or directory} cannot be written: {error.strerror}") from error
     finished = any(event["event"] == "end" for event in read_metrics(directory / METRICS))
     return Run(directory, config, data, finished)
+
+
+def _check_memory(config: TrainConfig) -> None:
+    """Weights, gradients and both moments, in float32: whether this machine can hold them at all."""
+    if config.device not in ("auto", "cpu"):
+        return
+    wanted, there = 16 * model_parameters(config), os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if wanted > there:
+        raise ConfigError(
+            f"model: weights, gradients and moments of {wanted // 16:,} parameters take {wanted / 1e9:,.0f} GB, "
+            f"this machine has {there / 1e9:,.0f} GB"
+        )
 
 
 def _earlier(directory: Path) -> TrainConfig | None:
