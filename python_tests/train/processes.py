@@ -32,13 +32,18 @@ def _child(work, rank, size, port, folder, arguments):
     os._exit(0)
 
 
-def ranks(size, work, *arguments, folder):
+def store():
+    """What torchrun keeps for the processes that it starts, and for those that it starts again."""
+    return dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+
+
+def ranks(size, work, *arguments, folder, kept=None):
     """What `work(*arguments)` returns, or the error that it raises, in each of `size` processes; None where one was killed."""
-    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    kept = kept or store()
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOADED)
     folder.mkdir(parents=True, exist_ok=True)
-    given = [(work, rank, size, store.port, folder, arguments) for rank in range(size)]
+    given = [(work, rank, size, kept.port, folder, arguments) for rank in range(size)]
     processes = [context.Process(target=_child, args=each, daemon=True) for each in given]
     for process in processes:
         process.start()

@@ -13,7 +13,7 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.distributed as dist
-from train.processes import ranks
+from train.processes import ranks, store
 from train.runs import DATA, log_of, settings, state_after, trained
 
 from stackbert_kernels import cli
@@ -304,10 +304,12 @@ def test_a_step_that_is_bad_on_one_rank_is_skipped_on_all(shards, tmp_path):
 
 
 def failing_run(config, out, how):
+    """Fails after step 4, once."""
     step = loop._step
 
     def fails(model, optimizer, parts, number, *others):
-        if number == 3 and os.environ["RANK"] == "1":
+        if number == 4 and not (out / "failed").exists() and os.environ["RANK"] == "1":
+            (out / "failed").touch()
             if how == "killed":
                 os.kill(os.getpid(), signal.SIGKILL)
             raise RuntimeError("a broken wire\nin the machine")
@@ -324,11 +326,16 @@ def failing_run(config, out, how):
         ("killed", "lost another rank while .*the same command goes on"),
     ],
 )
-def test_a_rank_that_fails_ends_the_others_with_one_line(shards, tmp_path, how, message):
-    outcomes = ranks(2, failing_run, RECIPES["mslt"](small(shards)), tmp_path / "run", how, folder=tmp_path / "results")
+def test_a_rank_that_fails_ends_the_others_with_one_line_and_all_can_be_started_again(shards, tmp_path, how, message):
+    """By torchrun --max-restarts, whose store still holds what the first ones wrote."""
+    run, kept = (replace(RECIPES["mslt"](small(shards)), checkpoint_every=4), tmp_path / "run"), store()
+    outcomes = ranks(2, failing_run, *run, how, folder=tmp_path / "results", kept=kept)
     assert isinstance(outcomes[0], DistributedError)
     with pytest.raises(DistributedError, match=message):
         raise outcomes[0]
+    assert checkpoint.latest(tmp_path / "run" / "checkpoints").name == "step-4"
+    again = ranks(2, failing_run, *run, how, folder=tmp_path / "results", kept=kept)
+    assert [result["status"] for result in again] == ["finished"] * 2
 
 
 def refused_run(config, out):

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import secrets
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -150,8 +151,9 @@ class Ranks:
             self._unpack()
 
     def _send_always_on(self, model: Bert) -> list[dist.Work]:
-        learning = [p for p in model.always_on_parameters().values() if p.requires_grad]
-        for parameter in learning:  # all have a gradient: every rank has samples, and every loss reads them
+        # Every rank has samples, so that what has no gradient here has none anywhere: the optimizer leaves it out, too.
+        learning = [p for p in model.always_on_parameters().values() if p.requires_grad and p.grad is not None]
+        for parameter in learning:
             parameter.grad = parameter.grad.contiguous()
         grads = [p.grad for p in learning]
         large = [g for g in grads if g.nbytes >= SMALL]
@@ -252,6 +254,7 @@ def joined(place: Place, device: torch.device, *, timeout: timedelta = TIMEOUT) 
         return
     try:
         store, _, _ = next(dist.rendezvous("env://", timeout=timeout))
+        store = dist.PrefixStore(_session(store, place, timeout), store)
         if device.type == "cuda":
             torch.cuda.set_device(device)
         dist.init_process_group(
@@ -276,6 +279,33 @@ def joined(place: Place, device: torch.device, *, timeout: timedelta = TIMEOUT) 
     finally:
         if device.type == "cpu":  # a NCCL group that lost a rank would wait for it here; it goes with the process
             dist.destroy_process_group()
+
+
+def _session(store: dist.Store, place: Place, timeout: timedelta) -> str:
+    """A name that all ranks have agreed upon now. A store can outlive them (torchrun --max-restarts keeps it), and with it what earlier ones wrote:
+    each rank believes only an answer to the word that it has just made up."""
+    until, word = time.monotonic() + timeout.total_seconds(), secrets.token_hex(8)
+
+    def read(key: str) -> str:
+        return store.get(key).decode() if store.check([key]) else ""
+
+    if place.rank > 0:
+        store.set(f"word {place.rank}", word)
+    missing = list(range(1, place.size)) if place.rank == 0 else [0]
+    while missing:
+        if time.monotonic() > until:
+            raise RuntimeError(f"rank {missing[0]} has not come within {timeout.total_seconds():g} s")
+        if place.rank == 0:
+            for rank in missing:
+                store.set(f"answer to {rank}", f"{read(f'word {rank}')} {word}")
+            missing = [rank for rank in missing if read(f"heard by {rank}") != word]
+        else:
+            theirs, _, session = read(f"answer to {place.rank}").partition(" ")
+            if theirs == word:
+                store.set(f"heard by {place.rank}", session)
+                return session
+        time.sleep(0.02)
+    return word
 
 
 def row_buckets(model: Bert, gates: Sequence[float] | None = None) -> list[tuple[int, int]]:
