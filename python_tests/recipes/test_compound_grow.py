@@ -30,7 +30,7 @@ def test_stages_of_twelve_layers():
     assert config.stages == (
         Stage(steps=300, depth=6, inner=1536, pool=2, name="6 layers, inner 1536, pool 2", **shared),
         Stage(steps=200, depth=12, grow="stack", inner=1536, pool=2, name="12 layers, inner 1536, pool 2", **shared),
-        Stage(steps=500, depth=12, grow="widen", split_noise=0.5, name="all", **shared),
+        Stage(steps=500, depth=12, grow="widen", name="all", **shared),
     )
     assert from_dict(to_dict(config)) == config
     assert timing_of(lambda steps: compound_grow(replace(BASE, steps=steps, stages=()))).steps == 90
@@ -157,8 +157,8 @@ def layer_of(name: str) -> tuple[int, str] | None:
 
 
 @pytest.mark.parametrize("options", [
-    CompoundGrowOptions(), CompoundGrowOptions(optimizer_state="copy", split_noise=0.0, pool_kind="max", pool=3),
-], ids=["defaults", "copy"])  # fmt: skip
+    CompoundGrowOptions(split_noise=0.5), CompoundGrowOptions(optimizer_state="copy", pool_kind="max", pool=3),
+], ids=["unequal shares", "copy"])  # fmt: skip
 def test_a_run_goes_on_bitwise(shards, tmp_path, quick, monkeypatch, options):
     config = compound_grow(settings(shards), options)
     assert [s.last for s in plan(config)] == [6, 10, 20]

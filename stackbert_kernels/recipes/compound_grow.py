@@ -25,9 +25,9 @@ class CompoundGrowOptions:
     """Tokens that share a row of the encoder at first, besides [CLS] and those to be predicted; 1 = each has its own."""
     pool_kind: str = "mean"
     """What becomes of their embeddings: mean, or of each column the max."""
-    split_noise: float = 0.5
-    """How unevenly the copies of a feed-forward neuron share what it gives, relative to equal shares. 0 = equally, as published; their gradients
-    are then equal for good, and the wider layer learns no more than the narrow one. The function is kept either way."""
+    split_noise: float = 0.0
+    """How unevenly the copies of a feed-forward neuron share what it gives, relative to equal shares; 0.5, say, parts them. 0 = equally, as
+    published: their gradients are then equal for good, and the wider layer learns no more than the narrow one. The function is kept either way."""
     optimizer_state: str = "reset"
     """Adam moments at a growth: reset (as published) or copy (by the maps of the weights)."""
     lr_policy: str = "global"
@@ -55,9 +55,8 @@ def compound_grow(base: TrainConfig, options: CompoundGrowOptions = CompoundGrow
 
     Half of the layers, with a narrower feed-forward layer and pooled tokens; then all layers (growth/depth.py, stack); then the full
     feed-forward layer (growth/feed_forward.py) and every token. From the authors' code: the operators, that an event stacks or recovers the
-    rest and never does both, that the optimizer begins anew, and that predicted tokens are not pooled. Ours: the shares and sizes of the stages;
-    unequal shares of the copied neurons;
-    windows that begin at position 1 and average what is there, where that code pools padded sequences; and a first layer whose
+    rest and never does both, that copied neurons share equally what they give, that the optimizer begins anew, and that predicted tokens are
+    not pooled. Ours: the shares and sizes of the stages; `split_noise`; windows that begin at position 1 and average what is there, where that code pools padded sequences; and a first layer whose
     keys and values are pooled, too, where that code's first layer reads the unpooled tokens. Left out: layers that reuse the attention of
     the layer below, and windows that are concatenated and mapped, whose map growth would drop.
 
