@@ -14,6 +14,7 @@ DTYPES = ("fp32", "bf16", "fp16")
 OTHER_COMMANDS = """other commands, each with --help:
   {prog} train_step     the whole training step beside transformers
   {prog} time_to_loss   held-out loss in equal time
+  {prog} sweep          every recipe in equal time, several seeds, each at its best rate
   {prog} dropin         patched models of transformers beside unpatched ones
   {prog} torch_encoder  a patched nn.TransformerEncoder beside PyTorch's
   {prog} tune           the candidates of each Triton kernel's configuration, on a GPU
@@ -48,7 +49,7 @@ def run_parser(prog: str) -> Parser:
 def main(arguments: Sequence[str] | None = None, prog: str = "python -m benchmarks") -> int:
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     name = arguments[0] if arguments else ""
-    if name in ("train_step", "time_to_loss", "dropin", "torch_encoder", "tune", "compare", "report"):
+    if name in ("train_step", "time_to_loss", "sweep", "dropin", "torch_encoder", "tune", "compare", "report"):
         return answered(_other(name), arguments[1:], f"{prog} {name}")
     return answered(lambda given, prog: run_ops(run_parser(prog).parse_args(given)), arguments, prog)
 
@@ -56,7 +57,8 @@ def main(arguments: Sequence[str] | None = None, prog: str = "python -m benchmar
 def _other(name: str):
     from importlib import import_module
 
-    module = f".bench_{name}" if name in ("train_step", "time_to_loss", "dropin", "torch_encoder") else f".{name}"
+    own = ("train_step", "time_to_loss", "sweep", "dropin", "torch_encoder")
+    module = f".bench_{name}" if name in own else f".{name}"
     return import_module(module, __package__).main
 
 

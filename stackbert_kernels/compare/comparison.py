@@ -116,7 +116,7 @@ def _methods(runs: Sequence[Run]) -> list[Method]:
         plain = settings(run.config) | {"stages": run.config.stages}
         for role in ROLES:
             if plain.get(role):
-                plain[role] = _of_the_method(source_settings(plain[role]))
+                plain[role] = _of_the_method(source_settings(plain[role], run.directory))
         key = tuple((name, repr(value)) for name, value in plain.items() if name not in NOT_OF_THE_METHOD)
         groups.setdefault(key, []).append(run)
     names = _names(list(groups.values()))

@@ -24,8 +24,9 @@ from stackbert_kernels.train.run_directory import CONFIG, DATA, METRICS, read_me
 from stackbert_kernels.train.run_facts import Facts, number, read_facts
 
 MEASURES = ("flops", "tokens", "seconds")
-SWEEP = "sweep.json"
-"""Beside the runs of a sweep: how many there were at a time, and with how many threads each; how each recipe's rate was found."""
+SWEEP, SOURCES = "sweep.json", "sources"
+"""Beside the runs of a sweep: how many there were at a time, and with how many threads each; how each recipe's rate was found. And the runs
+of the models that they needed."""
 COUNTINGS = {"executed": None, "b1": 1.0, "b2": 2.0}
 """How FLOPs are counted: the matrix products as executed (the log's), or layer forwards by plan.step_cost with this b, the head included."""
 ROLES = ("source", "teacher")
@@ -158,10 +159,17 @@ def _tuning(directory: Path, config: TrainConfig) -> dict | None:
     return found if found and found["lr"] == config.optim.lr else None
 
 
-def source_settings(path: str) -> object:
-    """What a source or teacher is, whichever seed it was trained with: its settings, or the path where no run is there."""
-    run = next((p for p in (Path(path), Path(path).parent) if _is_run(p)), None)
+def source_settings(path: str, directory: Path) -> object:
+    """What a source or teacher of the run in `directory` is, whichever seed it was trained with: its settings, or the path where no run is
+    there."""
+    run = _source_run(Path(path), directory)
     return path if run is None else settings(_facts(run)[1])
+
+
+def _source_run(path: Path, directory: Path) -> Path | None:
+    """The run of a source: RUN, or RUN of RUN/model; where a sweep was moved, the one that lies beside its runs."""
+    beside = directory.resolve().parent / SOURCES / path.name
+    return next((p for p in (path, path.parent, beside) if _is_run(p)), None)
 
 
 def _curve(facts: Facts, config: TrainConfig, counting: str) -> tuple[Point, ...]:
@@ -211,7 +219,7 @@ def _sources(directory: Path, facts: Facts, counting: str, seen: set[Path]) -> I
     for role, path in _named(facts.config):
         named.setdefault(path, role)
     for path, role in named.items():
-        yield Source(role, path, _cost(Path(path), by_path.get(path), counting, seen))
+        yield Source(role, path, _cost(_source_run(Path(path), directory), by_path.get(path), counting, seen))
 
 
 def _named(value: object) -> Iterator[tuple[str, str]]:
@@ -227,8 +235,7 @@ def _named(value: object) -> Iterator[tuple[str, str]]:
             yield from _named(inner)
 
 
-def _cost(path: Path, event: dict | None, counting: str, seen: set[Path]) -> Spent | None:
-    run = next((p for p in (path, path.parent) if _is_run(p)), None)
+def _cost(run: Path | None, event: dict | None, counting: str, seen: set[Path]) -> Spent | None:
     if run is not None and run.resolve() not in seen:
         facts, config = _facts(run)
         curve = _curve(facts, config, counting)
@@ -245,7 +252,8 @@ def _cost(path: Path, event: dict | None, counting: str, seen: set[Path]) -> Spe
 
 
 def _fingerprint(directory: Path, config: TrainConfig) -> dict[str, str] | None:
-    places = [directory / DATA, *(map(Path, config.data.text) if len(config.data.text) == 1 else ())]
+    given = map(Path, config.data.text) if len(config.data.text) == 1 else ()
+    places = [directory / DATA, *given, directory.resolve().parent / DATA]
     for place in places:
         try:
             files = json.loads((place / "manifest.json").read_text(encoding="utf-8"))["files"]

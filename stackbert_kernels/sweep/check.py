@@ -4,12 +4,10 @@ from __future__ import annotations
 
 from dataclasses import replace
 from importlib.util import find_spec
-from pathlib import Path
 
 from stackbert_kernels.compare.comparison import evaluated_otherwise
 from stackbert_kernels.compare.runs import SWEEP
 from stackbert_kernels.config import ConfigError, TrainConfig, differences
-from stackbert_kernels.data.prepare import is_prepared
 from stackbert_kernels.plan import plan, span_cost
 from stackbert_kernels.recipes import RECIPES
 from stackbert_kernels.sweep.performing import ASIDE
@@ -196,7 +194,7 @@ def _same(sweep: Sweep, method: str, entry: Timed) -> None:
         wanted = replace(
             wanted,
             model=replace(wanted.model, vocab_size=wanted.model.vocab_size or there.model.vocab_size),
-            data=replace(wanted.data, text=(str(_shards(sweep).resolve()),)),
+            data=replace(wanted.data, text=there.data.text),  # what is read decides, not where: run.py looks
         )
         if method not in sweep.rates and sweep.tune:  # its rate is not known yet
             wanted = replace(wanted, optim=replace(wanted.optim, lr=there.optim.lr))
@@ -205,12 +203,6 @@ def _same(sweep: Sweep, method: str, entry: Timed) -> None:
         differing.append(f"minutes: {entry.seconds / 60:g} -> {sweep.seconds / 60:g}")
     if differing:
         raise ConfigError(f"{sweep.directory} holds {method} with other settings: {'; '.join(differing)} (there -> wanted); take another --out, or --fresh")  # fmt: skip
-
-
-def _shards(sweep: Sweep) -> Path:
-    """Where the tokens are: `prepare` puts them there, and refuses the directory if they are of another text."""
-    text = sweep.base.data.text
-    return Path(text[0]) if len(text) == 1 and is_prepared(text[0]) else sweep.directory / DATA
 
 
 def outline(sweep: Sweep) -> str:

@@ -6,10 +6,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from stackbert_kernels.compare.runs import SOURCES
 from stackbert_kernels.config import ConfigError, TrainConfig
 from stackbert_kernels.sweep.performing import TIMING, perform_all
 from stackbert_kernels.sweep.record import Record, Timed, write
-from stackbert_kernels.sweep.settings import SOURCES, Sweep, Timing
+from stackbert_kernels.sweep.settings import Sweep, Timing
 from stackbert_kernels.sweep.work import TIME, TRAIN, First, Work
 from stackbert_kernels.train.budget import PROBE_STEPS
 

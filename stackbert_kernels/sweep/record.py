@@ -58,8 +58,19 @@ class Record:
     """Runs at a time."""
     threads: int | None = None
     """CPU threads of each; None in a sweep that noted none."""
+    tokens: str = ""
+    """Digest of the shards that all runs read, wherever they lie; empty in a sweep that noted none."""
     methods: dict[str, Timed] = field(default_factory=dict)
     tuning: dict[str, Tuned] = field(default_factory=dict)
+
+    def with_text(self, text: tuple[str, ...]) -> Record:
+        """The same runs, of the same tokens in another place."""
+
+        def moved(config: TrainConfig | None) -> TrainConfig | None:
+            return config and replace(config, data=replace(config.data, text=text))
+
+        methods = {n: replace(t, config=moved(t.config), source=moved(t.source)) for n, t in self.methods.items()}
+        return replace(self, methods=methods)
 
     def with_method(self, name: str, timed: Timed) -> Record:
         return replace(self, methods=self.methods | {name: timed})
@@ -75,7 +86,7 @@ def read(directory: Path) -> Record | None:
         found = json.loads(path.read_text(encoding="utf-8"))
         methods = {name: _timed(entry) for name, entry in found["methods"].items()}
         tuning = {name: _tuned(entry) for name, entry in found.get("tuning", {}).items()}
-        return Record(found.get("jobs", 1), found.get("threads"), methods, tuning)
+        return Record(found.get("jobs", 1), found.get("threads"), found.get("tokens", ""), methods, tuning)
     except FileNotFoundError:
         return None
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
@@ -108,5 +119,5 @@ def write(directory: Path, record: Record) -> None:
         for name, timed in record.methods.items()
     }
     tuning = {name: asdict(tuned) for name, tuned in record.tuning.items()}
-    told = {"jobs": record.jobs, "threads": record.threads, "methods": methods}
+    told = {"jobs": record.jobs, "threads": record.threads, "tokens": record.tokens, "methods": methods}
     write_json(directory / SWEEP, told | ({"tuning": tuning} if tuning else {}))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import shutil
 import sys
 from collections.abc import Callable, Sequence
@@ -10,14 +11,14 @@ from pathlib import Path
 
 from stackbert_kernels.compare.comparison import compare
 from stackbert_kernels.compare.output import write as write_comparison
-from stackbert_kernels.compare.runs import SWEEP
+from stackbert_kernels.compare.runs import SOURCES, SWEEP
 from stackbert_kernels.config import ConfigError
 from stackbert_kernels.data.prepare import load_manifest, prepare
 from stackbert_kernels.sweep.check import same_load
 from stackbert_kernels.sweep.making import made, timed
 from stackbert_kernels.sweep.performing import TIMING, perform_all
 from stackbert_kernels.sweep.record import Record, read, write
-from stackbert_kernels.sweep.settings import SOURCES, TUNING, Sweep
+from stackbert_kernels.sweep.settings import TUNING, Sweep
 from stackbert_kernels.sweep.side_by_side import LOGS
 from stackbert_kernels.sweep.tuning import tune
 from stackbert_kernels.sweep.work import Work, finished
@@ -45,10 +46,19 @@ def run_sweep(sweep: Sweep, *, say: Callable[[str], None]) -> dict:
     out.mkdir(parents=True, exist_ok=True)
     record = _begun(sweep)
     data = prepare(sweep.base.data.text, out / DATA, sweep.base.data, progress=sys.stderr.isatty())
-    model = replace(sweep.base.model, vocab_size=load_manifest(data)["vocab_size"])
+    manifest = load_manifest(data)
+    model = replace(sweep.base.model, vocab_size=manifest["vocab_size"])
     sweep = replace(
         sweep, base=replace(sweep.base, model=model, data=replace(sweep.base.data, text=(str(data.resolve()),)))
     )
+
+    tokens = hashlib.sha256(
+        " ".join(sorted(file["sha256"] for file in manifest["files"].values())).encode()
+    ).hexdigest()
+    if record.methods and record.tokens not in ("", tokens):
+        raise ConfigError(f"{out} holds runs of other tokens than {data}; take another --out, or --fresh")
+    record = replace(record.with_text(sweep.base.data.text), tokens=tokens)
+    write(out, record)
 
     runs, waiting = sweep.runs(), []
     for number, (method, seed, run) in enumerate(runs, 1):

@@ -12,8 +12,8 @@ from stackbert_kernels.train.budget import enough, steps_that_fit
 
 EVALUATIONS, CHECKPOINTS, LOGGED = 20, 10, 100
 """So many of each in a run."""
-SOURCES, TUNING = "sources", "tuning"
-"""Folders of runs that are compared only as what they are for."""
+TUNING = "tuning"
+"""The folder of trials, beside the one of sources."""
 NEEDS = {"source": NEED_SOURCE}
 """The methods that need another model, by the setting of TrainConfig that names it."""
 
