@@ -18,15 +18,17 @@ from train.runs import DATA, log_of, settings, state_after, trained
 
 from stackbert_kernels import cli
 from stackbert_kernels.config import ConfigError, ModelConfig, OptimConfig, Stage, TrainConfig, from_dict
-from stackbert_kernels.data.batches import Batches
+from stackbert_kernels.data.batches import Batch, Batches
 from stackbert_kernels.model.bert import Bert
 from stackbert_kernels.plan import layer_parameters, plan, span_at, trainable_parameters
 from stackbert_kernels.recipes import (
+    AlbertOptions,
     MsltOptions,
     MultiLevelOptions,
     ProgressiveLayerDroppingOptions,
     ShareThenUnshareOptions,
     StackingOptions,
+    albert,
     compound_grow,
     core,
     mslt,
@@ -58,6 +60,7 @@ RECIPES = {
     "mslt, untie": lambda base: mslt(base, MsltOptions(stages=2, joint=0.2, embeddings="untie")),
     "stacking, from half": lambda base: stacking(base, StackingOptions(factor=2)),
     "multi_level": lambda base: multi_level(base, MultiLevelOptions()),
+    "albert, one half shared": lambda base: albert(base, AlbertOptions(share="ffn", embedding=16)),
     "core": core,
     "compound_grow": compound_grow,
     "share_then_unshare, by gradients": lambda base: share_then_unshare(
@@ -163,6 +166,51 @@ def test_a_few_large_messages():
     gates = [1.0] * 12
     gates[3] = 0.0
     assert (3, 4) not in row_buckets(model, gates) and len(row_buckets(model, gates)) == 11
+
+
+def test_rows_travel_while_the_backward_pass_goes_on(monkeypatch):
+    """A row leaves once its last gradient is there, topmost first, before those below it have any; the always-on ones after the pass, the
+    small together. Gradients are of the same size on all ranks here, twice what one has."""
+    sent = []
+
+    class Work:
+        def wait(self):
+            return True
+
+    def doubled(tensor, async_op=False):
+        lowest = next(row for row in range(4) if model.bank.grads[row].any())
+        sent.append((list(tensor.shape), lowest, model.position.grad is not None))
+        tensor.mul_(2)
+        return Work()
+
+    monkeypatch.setattr(dist, "all_reduce", doubled)
+    monkeypatch.setattr(distributed, "BUCKET", 1)
+    monkeypatch.setattr(distributed, "SMALL", 4 * 50 * 32)
+    model = Bert(ModelConfig(**DROPOUT_OFF, vocab_size=60))
+    batch = small_batch()
+    model(batch).loss.backward()
+    wanted = [model.bank.grads.clone(), *(p.grad.clone() for p in model.always_on_parameters().values())]
+    model.zero_grad()
+    loss = model(batch).loss
+    with Ranks(Place(0, 2)).summing(model):
+        loss.backward()
+    row, small_ones = model.bank.grads.shape[1], sum(w.numel() for w in wanted[1:] if w.numel() < 50 * 32)
+    assert sent == [([1, row], lowest, False) for lowest in (3, 2, 1, 0)] + [
+        ([60, 32], 0, True),
+        ([small_ones], 0, True),
+    ]
+    for ours, alone in zip(
+        [model.bank.grads, *(p.grad for p in model.always_on_parameters().values())], wanted, strict=True
+    ):
+        assert torch.equal(ours, 2 * alone)
+    assert not any(p._post_accumulate_grad_hooks for p in model.bank.parameters())
+
+
+def small_batch() -> Batch:
+    cu = torch.tensor([0, 9, 16], dtype=torch.int32)
+    ids, positions = torch.arange(16) + 5, torch.cat([torch.arange(9), torch.arange(7)])
+    masked = torch.tensor([2, 5, 12])
+    return Batch(ids, torch.zeros(16, dtype=torch.int64), positions, cu, 9, masked, ids[masked], None, torch.arange(2))
 
 
 # The order of sums

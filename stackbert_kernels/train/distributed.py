@@ -34,6 +34,8 @@ BUCKET = 25 * 2**20
 """Bytes of gradients that travel together at least, so that few messages are sent and most of them while the backward pass goes on."""
 SMALL = 2**20
 """Bytes below which an always-on gradient is copied into a message with others."""
+FEED_FORWARD = ("inner_", "outer_", "norm2_")
+"""How the names of parameters of a layer's feed-forward half begin."""
 GRACE = 2.0
 """Seconds in which a rank that failed can say why, before the others say that they lost it."""
 
@@ -143,19 +145,20 @@ class Ranks:
         finally:
             for hook in hooks:
                 hook.remove()
-        send(len(buckets))  # a half of a layer that nothing reads gets no gradient, and its hooks no call
+        send(len(buckets))
         with self._speaking("adding up gradients"):
-            works += self._send_always_on(model)
+            works += self._send_others(model)
             for work in works:
                 work.wait()
             self._unpack()
 
-    def _send_always_on(self, model: Bert) -> list[dist.Work]:
+    def _send_others(self, model: Bert) -> list[dist.Work]:
+        """The always-on gradients, and those of rows of which layers read one half only."""
         # Every rank has samples, so that what has no gradient here has none anywhere: the optimizer leaves it out, too.
         learning = [p for p in model.always_on_parameters().values() if p.requires_grad and p.grad is not None]
         for parameter in learning:
             parameter.grad = parameter.grad.contiguous()
-        grads = [p.grad for p in learning]
+        grads = [*(p.grad for p in learning), *halves(model)]
         large = [g for g in grads if g.nbytes >= SMALL]
         self._small = [g for g in grads if g.nbytes < SMALL]
         self._flat = torch.cat([g.reshape(-1) for g in self._small]) if self._small else None
@@ -309,20 +312,37 @@ def _session(store: dist.Store, place: Place, timeout: timedelta) -> str:
 
 
 def row_buckets(model: Bert, gates: Sequence[float] | None = None) -> list[tuple[int, int]]:
-    """Rows [first, last) of the bank whose gradients are sent together, topmost first: those of the window that a layer reads in this step.
+    """Rows [first, last) of the bank whose gradients are sent together, topmost first: those of the window whose both halves a layer reads in
+    this step.
 
     A layer that the step leaves out (gate 0) has no gradient on any rank, and sends none.
     """
-    first, last = model.bank.window
-    runs = [i for i in range(model.depth) if gates is None or gates[i] != 0.0]
-    read = {row for rows in (model.rows, model.ffn_rows) for row in (rows[i] for i in runs)}
+    attention, feed_forward = _read(model, gates)
     size = model.bank.grads[0].nbytes
     buckets: list[tuple[int, int]] = []
-    for row in reversed(range(first, last)):
-        if row not in read:
+    for row in reversed(range(*model.bank.window)):
+        if row not in attention & feed_forward:
             continue
         if buckets and buckets[-1][0] == row + 1 and (buckets[-1][1] - buckets[-1][0]) * size < BUCKET:
             buckets[-1] = (row, buckets[-1][1])
         else:
             buckets.append((row, row + 1))
     return buckets
+
+
+def halves(model: Bert) -> list[Tensor]:
+    """Gradients in rows of the window that are read as attention or as feed-forward half alone: where layers share one of the two."""
+    attention, feed_forward = _read(model)
+    return [
+        slot.view(model.bank.grads[row])
+        for row in range(*model.bank.window)
+        if row in attention ^ feed_forward
+        for slot in model.bank.layout
+        if slot.name.startswith(FEED_FORWARD) == (row in feed_forward)
+    ]
+
+
+def _read(model: Bert, gates: Sequence[float] | None = None) -> tuple[set[int], set[int]]:
+    """Rows that layers read for their attention half and for their feed-forward half."""
+    runs = [i for i in range(model.depth) if gates is None or gates[i] != 0.0]
+    return {model.rows[i] for i in runs}, {model.ffn_rows[i] for i in runs}
