@@ -131,6 +131,37 @@ def test_applications_of_a_shared_layer_are_copies_of_it():
     assert torch.equal(shared(batch(), rng=rng).loss, untied(batch(), rng=rng).loss)
 
 
+@pytest.mark.parametrize("options", [{}, {"share": "attention"}, {"share": "ffn"}, {"groups": 2}], ids=str)
+def test_the_gradient_of_what_is_shared_is_the_sum_over_its_applications(options):
+    """Against an untied clone loaded with copies, in float64, each half of a layer by the rows that it reads."""
+    stage = albert(
+        TrainConfig(model=ModelConfig(**TINY), data=DataConfig(seq_len=24)), AlbertOptions(**options)
+    ).stages[0]
+    shared, clone = (Bert(ModelConfig(**TINY | {"dropout": 0.0}), impl="reference").double() for _ in range(2))
+    shared.use(4, rows=stage.rows, ffn_rows=stage.ffn_rows)
+    halves = {False: stage.attention_rows, True: stage.feed_forward_rows}
+    slots = [(slot, slot.name.startswith(("inner", "outer", "norm2"))) for slot in shared.bank.layout]
+    assert {name for slot, feed in slots if feed for name in [slot.name]} == {
+        "inner_weight", "inner_bias", "outer_weight", "outer_bias", "norm2_weight", "norm2_bias"}  # fmt: skip
+    with torch.no_grad():
+        for parameter in shared.parameters():
+            parameter += 0.1 * torch.randn_like(parameter)
+        for name, parameter in clone.always_on_parameters().items():
+            parameter.copy_(shared.always_on_parameters()[name])
+        for layer in range(4):
+            for slot, feed in slots:
+                slot.view(clone.bank.weights[layer]).copy_(slot.view(shared.bank.weights[halves[feed][layer]]))
+    for model in (shared, clone):
+        model.eval()(batch()).loss.backward()
+    for slot, feed in slots:
+        for row in range(4):
+            layers = [layer for layer in range(4) if halves[feed][layer] == row]
+            wanted = sum((slot.view(clone.bank.grads[layer]) for layer in layers), torch.zeros(slot.shape).double())
+            found = slot.view(shared.bank.grads[row])
+            assert (found - wanted).abs().max() <= 1e-12 * max(1.0, float(wanted.abs().max())), (slot.name, row)
+            assert not layers or wanted.any(), (slot.name, row)
+
+
 def test_swapped_pairs_hold_the_same_tokens_and_are_half_of_all(shards):
     """Each sample comes swapped in some epochs and not in others, with the same words. 5 standard errors of a half."""
     data = replace(settings(shards).data, max_ngram=3)

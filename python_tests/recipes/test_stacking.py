@@ -85,6 +85,9 @@ def test_layer_steps():
     stages = stacking(base()).stages
     assert sum(stage.steps * stage.depth for stage in stages) == 3_930_000
     assert round(1 - 3_930 / 4_800, 3) == 0.181
+    longer = stacking(base(steps=520_000), StackingOptions(stage_weights=(50, 70, 400))).stages
+    assert sum(stage.steps * stage.depth for stage in longer) == 5_370_000  # of 6,240 thousand, 13.9% fewer
+    assert round(1 - 5_370 / 6_240, 3) == 0.139
     config = stacking(base())
     costs = [relative_step_cost(config, stage) for stage in config.stages]
     assert costs[0] < costs[1] < costs[2] == 1.0

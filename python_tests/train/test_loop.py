@@ -454,3 +454,18 @@ def test_cutting_the_log_keeps_what_the_checkpoint_knows(tmp_path):
     assert [(e["event"], e["step"]) for e in read_metrics(path)] == [("stage", 0), ("step", 2), ("checkpoint", 2)]
     assert cut_metrics(path, None) is False
     assert path.read_text() == ""
+
+
+def test_what_cannot_become_a_model_of_transformers_is_said_before_the_first_step(
+    shards, tmp_path, capsys, monkeypatch
+):
+    pytest.importorskip("transformers")
+    monkeypatch.setattr(loop, "write_report", lambda directory: None)
+    config = settings(shards, steps=2, checkpoint_every=2, eval_every=2)
+    config = replace(config, model=replace(config.model, norm="pre", embedding=8), stages=())
+    out = tmp_path / "run"
+    assert train(config, out)["status"] == "finished"
+    lines = capsys.readouterr().err.splitlines()
+    said = [i for i, line in enumerate(lines) if line.startswith(f"no {out / 'model'}: transformers' pre-LN model")]
+    first = next(i for i, line in enumerate(lines) if line.startswith("stage 1/1"))
+    assert len(said) == 2 and said[0] < first < said[1]

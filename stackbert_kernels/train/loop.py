@@ -110,6 +110,8 @@ def _execute(run: Run, progress: bool, ranks: Ranks) -> dict:
     with Console(config.steps, shown=progress) as console:
         model, optimizer, state, kept = _restore(run, device, console, ranks)
         _require_same(model, optimizer, "at the start", ranks)
+        if state.step == 0 and ranks.rank == 0:
+            exportable(run, console)  # what is in the way of a model of transformers is said before the work, too
         batches = Batches(
             run.data,
             config.data,
