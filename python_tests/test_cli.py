@@ -12,7 +12,7 @@ import torch
 from stackbert_kernels import __version__
 from stackbert_kernels.cli import Pretrain, _one_line, _parse, main
 from stackbert_kernels.config import ConfigError, DataConfig, ModelConfig, OptimConfig, TrainConfig
-from stackbert_kernels.recipes import NEED_SOURCE, RECIPES, MsltOptions, baseline, mslt
+from stackbert_kernels.recipes import NEED_SOURCE, NEED_TEACHER, RECIPES, MsltOptions, baseline, mslt
 
 SMALL = "--layers 4 --hidden 32 --heads 2 --seq-len 16 --max-position 16 --batch-tokens 64 --train-vocab-size 100 --mslt.stages 2 --heldout 0.1"
 
@@ -239,7 +239,7 @@ def test_every_field_of_the_configuration_is_an_option(capsys):
     _, out, _ = run("pretrain --help", capsys)
     names = {f.name for section in (ModelConfig, DataConfig, OptimConfig, TrainConfig) for f in fields(section)}
     of_stages = {"stages", "rank", "score_dim"}  # which recipes make
-    for name in names - {"text", "model", "data", "optim"} - of_stages:
+    for name in names - {"text", "model", "data", "optim", "teacher_shape"} - of_stages:
         assert f"--{name.replace('_', '-')}" in out, name
     assert all(f"--{recipe.replace('_', '-')}." in out for recipe, (_, options) in RECIPES.items() if fields(options))
     assert "TEXT..." in out and "--mslt.joint" in out and "--stages" not in out.replace("--mslt.stages", "")
@@ -292,8 +292,9 @@ def test_dry_run_of_every_recipe(text, capsys, recipe):
     """With defaults at the default depth, and at toy size."""
     for size in ("", "--layers 4 --hidden 32 --heads 2 --max-position 16 --seq-len 16 --batch-tokens 64 --steps 50"):
         code, out, err = run(f"pretrain text.txt --out run {size} --recipe {recipe} --dry-run", capsys)
-        if recipe in NEED_SOURCE:
-            assert code == 2 and "--source must name" in err and err.count("\n") == 1
+        if recipe in NEED_SOURCE + NEED_TEACHER:
+            wanted = "--source must name" if recipe in NEED_SOURCE else "--teacher must name"
+            assert code == 2 and wanted in err and err.count("\n") == 1
             continue
         assert code == 0 and out.startswith("stage ") and "predicted speed-up" in out and err == ""
 

@@ -30,6 +30,7 @@ from stackbert_kernels.config import (
     ModelConfig,
     OptimConfig,
     Stage,
+    TeacherShape,
     TrainConfig,
     to_dict,
 )
@@ -41,6 +42,7 @@ from stackbert_kernels.recipes import (
     CompoundGrowOptions,
     CoreOptions,
     IncrementalOptions,
+    LateToEarlyOptions,
     MsltOptions,
     MultiLevelOptions,
     ProgressiveLayerDroppingOptions,
@@ -104,7 +106,8 @@ class Pretrain(TrainConfig):
     on top of itself), incremental (new layers alone, then all), share_then_unshare (layers share weights at first), albert (they
     share them throughout), progressive_layer_dropping (steps leave out layers at random),
     bert2bert (from a smaller model, --source), multi_level (down to a smaller model and back),
-    core (low-rank layers first), compound_grow (fewer layers, narrower feed-forward layers and pooled tokens first)."""
+    core (low-rank layers first), compound_grow (fewer layers, narrower feed-forward layers and pooled tokens first),
+    late_to_early (an early layer follows a finished model at first, --teacher)."""
     dry_run: Flag = False
     """Print stages and predicted cost, then stop."""
     fresh: Flag = False
@@ -114,6 +117,7 @@ class Pretrain(TrainConfig):
     data: OmitArgPrefixes[_Data]
     optim: OmitArgPrefixes[OptimConfig]
     stages: Suppress[tuple[Stage, ...]] = ()
+    teacher_shape: Suppress[TeacherShape] = TrainConfig.teacher_shape
     mslt: MsltOptions = field(default_factory=MsltOptions)
     stacking: StackingOptions = field(default_factory=StackingOptions)
     incremental: IncrementalOptions = field(default_factory=IncrementalOptions)
@@ -124,6 +128,7 @@ class Pretrain(TrainConfig):
     multi_level: MultiLevelOptions = field(default_factory=MultiLevelOptions)
     core: CoreOptions = field(default_factory=CoreOptions)
     compound_grow: CompoundGrowOptions = field(default_factory=CompoundGrowOptions)
+    late_to_early: LateToEarlyOptions = field(default_factory=LateToEarlyOptions)
 
     def __post_init__(self):
         """Checked by `config`: the recipe may make the stages that these settings need."""
@@ -192,6 +197,7 @@ class _Sweep(TrainConfig):
     optim: OmitArgPrefixes[_SharedOptim]
     steps: Suppress[int] = TrainConfig.steps
     stages: Suppress[tuple[Stage, ...]] = ()
+    teacher_shape: Suppress[TeacherShape] = TrainConfig.teacher_shape
     recipe: Suppress[str] = TrainConfig.recipe
     checkpoint_every: Suppress[int] = TrainConfig.checkpoint_every
     keep: Suppress[int] = TrainConfig.keep

@@ -12,7 +12,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
-from stackbert_kernels.config import ConfigError, DataConfig, LayerDrop, ModelConfig, Stage, TrainConfig, stage_model
+from stackbert_kernels.config import (
+    Alignment,
+    ConfigError,
+    DataConfig,
+    LayerDrop,
+    ModelConfig,
+    Stage,
+    TrainConfig,
+    stage_model,
+)
 
 WARMUP_SHARE = 0.02
 """Of all steps, where OptimConfig.warmup is 0."""
@@ -81,6 +90,15 @@ class Span:
             scale if _uniform(self.config.seed, step, layer) < chance else 0.0
             for layer, (chance, scale) in enumerate(zip(chances, scales, strict=True))
         )
+
+    def pull(self, step: int) -> float:
+        """The weight of the alignment with the teacher in `step`; 0 = no teacher runs."""
+        return pull(self.stage.align, step - self.first)
+
+
+def pull(align: Alignment, t: float) -> float:
+    """lambda after `t` steps."""
+    return align.weight * max(0.0, (align.until - t) / align.until) if align.weight else 0.0
 
 
 def theta(drop: LayerDrop, t: float) -> float:
@@ -198,7 +216,8 @@ def relative_step_cost(config: TrainConfig, stage: Stage, *, backward: float = B
     head = head_cost(model, data, S) * (every / layer)
     costs = [step_cost(sum(expected_layers(s)), s.train_from, head=head, backward=backward) for s in submodels(stage)]
     whole = step_cost(config.model.layers, 0, head=head_cost(config.model, data), backward=backward)
-    return layer / layer_flops(config) * sum(costs) / len(costs) / whole
+    teacher = teacher_flops(config, stage, S) / layer_flops(config)
+    return (layer / layer_flops(config) * sum(costs) / len(costs) + teacher) / whole
 
 
 def pooled_length(tokens: int, predicted: int, size: int) -> int:
@@ -227,6 +246,21 @@ def _mean_over_steps(span: Span, by_length: dict[int, float]) -> float:
 # --- cost in floating-point operations of the matrix products ---
 
 
+def teacher_flops(config: TrainConfig, stage: Stage, seq_len: int = 0) -> float:
+    """Of the teacher's forward pass on a token, all layers at all tokens; 0 in a stage without one."""
+    if stage.align.weight == 0:
+        return 0.0
+    shape = config.teacher_shape
+    model = replace(config.model, hidden=shape.hidden, inner=shape.inner, heads=1, rank=0, score_dim=0)
+    return shape.layers * _layer_flops(model, seq_len or config.data.seq_len)
+
+
+def projection_shape(config: TrainConfig, stage: Stage) -> tuple[int, int] | None:
+    """[teacher's hidden, hidden] of the map through which a stage's layer is compared with the teacher; None where it needs none."""
+    own, theirs = stage_model(config.model, stage).hidden, config.teacher_shape.hidden
+    return (theirs, own) if stage.align.weight and own != theirs else None
+
+
 def flops_per_token(config: TrainConfig, stage: Stage, gates: Sequence[float] | None = None, seq_len: int = 0) -> float:
     """Matrix-product FLOPs that a training step of `stage` spends on a token, forward and backward; of a step with `gates` (Span.gates),
     else in the mean over the stage's steps; with samples of `seq_len` tokens, 0 = data.seq_len.
@@ -235,7 +269,7 @@ def flops_per_token(config: TrainConfig, stage: Stage, gates: Sequence[float] | 
     samples are nearly full). Counted as the model executes it: the last layer is evaluated only where the heads read it once its
     attention is done; narrow queries and keys are multiplied at the values' width; layers below the window have no backward (with
     embeddings = full: the gradient of their input alone); the first layer of a detached window needs no gradient of its input; a frozen
-    word embedding needs none as decoder.
+    word embedding needs none as decoder. A teacher's forward pass is counted.
     Attention's recomputation of its probabilities in the backward, element-wise work and embedding look-ups are not counted. Of a stage
     with submodels, the mean over these. A token is one of the text: where they are pooled, the encoder has fewer rows (encoder_rows), of which
     the heads read as many as ever.
@@ -251,8 +285,10 @@ def flops_per_token(config: TrainConfig, stage: Stage, gates: Sequence[float] | 
     embeddings_learn_below = stage.embeddings in ("train", "full")
     total = 2.0 * E * C * (3 if embeddings_learn_below else 1) if model.embedding else 0.0
     runs = expected_layers(stage) if gates is None else [float(gate > 0) for gate in gates]
+    aligned = stage.align.layer if stage.align.weight else 0  # is evaluated everywhere
+    total += teacher_flops(config, stage, S) + 6.0 * math.prod(projection_shape(config, stage) or (0,))
     for layer, run in enumerate(runs):
-        share = min(1.0, rows / read) if layer == stage.depth - 1 else 1.0
+        share = min(1.0, rows / read) if layer == stage.depth - 1 and layer + 1 != aligned else 1.0
         cost = qkv + attention + share * rest
         if layer >= stage.train_from:
             cost += 2 * attention + share * 2 * rest + qkv
@@ -299,6 +335,7 @@ def trainable_parameters(config: TrainConfig, stage: Stage) -> int:
     if stage.embeddings in ("output_grad", "untie"):
         count += V * model.embedding_width
     count += 2 * C if model.norm == "pre" else 0
+    count += math.prod(projection_shape(config, stage) or (0,))
     return count + head_parameters(model, V)
 
 
@@ -434,10 +471,22 @@ def cost_table(config: TrainConfig, seconds_per_step: Sequence[float] | None = N
     return "\n".join([
         *_aligned([header, *rows]),
         *lengths,
+        *_teacher_lines(config, full_flops),
         f"predicted speed-up over training all layers for as many steps: {by_layers:.2f}x by layers (b = {BACKWARD:g}, "
         f"head = {head_cost(config.model, config.data):.3f} layer forwards), {by_flops:.2f}x by FLOPs",
         f"total: {config.steps} steps, {config.steps * config.data.batch_tokens:,} tokens, {total * config.data.batch_tokens:.2e} FLOPs",
     ])  # fmt: skip
+
+
+def _teacher_lines(config: TrainConfig, full_flops: float) -> list[str]:
+    shape, learning = config.teacher_shape, [stage for stage in config.stages if stage.align.weight]
+    if not learning:
+        return []
+    steps, flops = sum(stage.steps for stage in learning), teacher_flops(config, learning[0])
+    return [
+        f"teacher: {shape.layers} layers, hidden {shape.hidden}, forward in {steps} steps: {flops / full_flops:.3f} of a full step's FLOPs, "
+        "counted above; what its own training cost is not"
+    ]
 
 
 def _aligned(rows: list[list[str]]) -> list[str]:

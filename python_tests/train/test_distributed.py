@@ -225,7 +225,7 @@ def step_gradients(config, data):
 def _first_step(config, data, those):
     batches = Batches(data, config.data, "mlm", config.seed, rank=those.rank, world_size=those.size)
     model = Bert(replace(config.model, vocab_size=batches.vocab_size), seed=config.seed)
-    total, tokens = loop._backward(model, batches.parts(0, config.optim.accumulate), 0, config, None, those)
+    total, tokens, _ = loop._backward(model, batches.parts(0, config.optim.accumulate), 0, config, None, those)
     return (
         float(total),
         tokens,
@@ -336,7 +336,7 @@ def run_with_a_bad_loss(config, out):
         number = arguments[3]
         Bert._mlm_loss = lambda *a: evaluate(*a) * (math.inf if number == 3 and os.environ["RANK"] == "1" else 1)
         skips.append(step(*arguments)[2])
-        return math.nan, 0.0, skips[-1], 0
+        return math.nan, 0.0, skips[-1], 0, None
 
     loop._step = noted
     loop.train(config, out, progress=False)

@@ -269,11 +269,13 @@ def _fingerprint(directory: Path, config: TrainConfig) -> dict[str, str] | None:
 
 
 def settings(config: TrainConfig) -> dict[str, object]:
-    """Every setting but the stages under one name, such as optim.lr."""
+    """Every setting under one name, such as optim.lr; but for the stages, and what was found out about a teacher."""
     flat: dict[str, object] = {}
     for name, value in to_dict(config).items():
+        if name in ("stages", "teacher_shape"):
+            continue
         if isinstance(value, dict):
             flat |= {f"{name}.{inner}": v for inner, v in value.items()}
-        elif name != "stages":
+        else:
             flat[name] = value
     return flat

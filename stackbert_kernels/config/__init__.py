@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from stackbert_kernels.config.checks import ConfigError
 from stackbert_kernels.config.plain import MAY_CHANGE_ON_RESUME, differences, from_dict, to_dict
-from stackbert_kernels.config.run import TrainConfig
+from stackbert_kernels.config.run import TeacherShape, TrainConfig
 from stackbert_kernels.config.sections import OBJECTIVES, DataConfig, ModelConfig, OptimConfig
 from stackbert_kernels.config.sequence import (
     FROM_SOURCE,
@@ -37,6 +37,7 @@ from stackbert_kernels.config.stage import (
     RETIES,
     SHARED_GRADIENTS,
     WIDTH_MAPS,
+    Alignment,
     LayerDrop,
     Stage,
     Untying,
@@ -60,12 +61,14 @@ __all__ = [
     "UNSHARE",
     "WIDEN",
     "WIDTH_MAPS",
+    "Alignment",
     "ConfigError",
     "DataConfig",
     "LayerDrop",
     "ModelConfig",
     "OptimConfig",
     "Stage",
+    "TeacherShape",
     "TrainConfig",
     "Untying",
     "check_coalescing",

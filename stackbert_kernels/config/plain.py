@@ -8,11 +8,13 @@ import typing
 from dataclasses import fields, is_dataclass
 
 from stackbert_kernels.config.checks import require
-from stackbert_kernels.config.run import TrainConfig
-from stackbert_kernels.config.stage import LayerDrop, Stage, Untying
+from stackbert_kernels.config.run import TeacherShape, TrainConfig
+from stackbert_kernels.config.stage import Alignment, LayerDrop, Stage, Untying
 
 MAY_CHANGE_ON_RESUME = ("checkpoint_every", "keep", "log_every")
 """Settings that do not change any computed number."""
+NAMED = (Stage, LayerDrop, Alignment, Untying, TeacherShape)
+"""Dataclasses whose fields are told by the name of what holds them, as stages[1].depth."""
 
 
 def to_dict(config) -> dict:
@@ -73,8 +75,8 @@ def differences(old: TrainConfig, new: TrainConfig) -> list[str]:
 def _compare(name: str, old, new, found: list[str]) -> None:
     if is_dataclass(old):
         for f in fields(old):
-            # The sections of TrainConfig add nothing to a name (field names are unique over them); stages[i] does.
-            inner = f"{name}.{f.name}" if isinstance(old, Stage | LayerDrop | Untying) else f.name
+            # The sections of TrainConfig add nothing to a name (field names are unique over them); the others do.
+            inner = f"{name}.{f.name}" if isinstance(old, NAMED) else f.name
             _compare(inner, getattr(old, f.name), getattr(new, f.name), found)
     elif name == "stages" and len(old) == len(new):
         for i, (a, b) in enumerate(zip(old, new, strict=True)):

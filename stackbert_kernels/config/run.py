@@ -14,6 +14,15 @@ MOST_THREADS = 4096
 
 
 @dataclass(frozen=True)
+class TeacherShape:
+    """What is known of TrainConfig.teacher, from its own settings, so that its forward pass can be counted; 0 = not looked at yet."""
+
+    layers: int = 0
+    hidden: int = 0
+    inner: int = 0
+
+
+@dataclass(frozen=True)
 class TrainConfig:
     """A whole run. `stages` empty = one stage of all layers; else their steps must sum to `steps`."""
 
@@ -27,6 +36,10 @@ class TrainConfig:
     """The name of the recipe that made `stages`."""
     source: str = ""
     """Of recipes that begin from a smaller model (bert2bert): its run directory, or a transformers directory with a BERT."""
+    teacher: str = ""
+    """Of recipes that learn from a finished model with the same words (late_to_early): its run directory, or a transformers directory with
+    a BERT."""
+    teacher_shape: TeacherShape = TeacherShape()
     seed: int = 0
     """Decides initial weights, order of samples, masks and dropout."""
     precision: str = "fp32"

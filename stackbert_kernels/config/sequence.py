@@ -97,6 +97,10 @@ def check_levels(stages: tuple[Stage, ...], model: ModelConfig) -> None:
     )
     for i, stage in enumerate(stages):
         old, new, where = stage_model(model, before), stage_model(model, stage), f"stages[{i}]: "
+        require(
+            stage.grow not in RESHAPES or before.align.weight == 0,
+            f"{where}{stage.grow} cannot follow a stage with a teacher",
+        )
         if old.relaxed or new.relaxed or stage.grow == REFINE:
             _check_relaxed(before, stage, old, new, where)
             before = stage

@@ -60,6 +60,27 @@ class Untying:
 
 
 @dataclass(frozen=True)
+class Alignment:
+    """A layer's output is pulled towards a teacher's last one (Zhao et al. 2026, arXiv 2602.05393): the loss gets lambda(t) times minus the
+    mean cosine of the two over all tokens, lambda(t) = weight * max(0, (until - t) / until), t the steps of the stage so far."""
+
+    layer: int = 0
+    """Which layer, counted from 1; 0 = none."""
+    weight: float = 0.0
+    """lambda at the first step; 0 = no teacher runs."""
+    until: int = 0
+    """The step at which lambda is 0."""
+
+    def __post_init__(self):
+        require(self.layer >= 0, f"align: layer must be >= 0, got {self.layer}")
+        require(0 <= self.weight < math.inf, f"align: weight must be >= 0 and finite, got {self.weight}")
+        require(
+            self.weight == 0 or (self.layer >= 1 and self.until >= 1),
+            f"align: layer and until must be >= 1 with weight {self.weight}, got layer {self.layer}, until {self.until}",
+        )
+
+
+@dataclass(frozen=True)
 class Stage:
     """A stretch of steps with one active window: layers [0, depth) run, layers [train_from, depth) learn (contract 3.6)."""
 
@@ -94,6 +115,8 @@ class Stage:
     """Whether the frozen layers keep dropout."""
     drop: LayerDrop = LayerDrop()
     """Which layers a step leaves out at random."""
+    align: Alignment = Alignment()
+    """Which layer is pulled towards the teacher's last, and how strongly (TrainConfig.teacher)."""
     width_map: str = "tile"
     """Where grow begins from a smaller model: which neuron each new one copies, all in turn (tile) or random ones."""
     submodel: int = 0
@@ -154,6 +177,7 @@ class Stage:
             f"split_noise belongs to grow 'widen', got grow={self.grow!r}",
         )
         _check_submodel(self)
+        _check_alignment(self)
         _check_curve(self)
         require(
             0 <= self.rewarm <= self.steps,
@@ -230,6 +254,22 @@ def _check_untying(stage: Stage) -> None:
         not stage.untie.split or list(stage.rows) == sorted(stage.rows),
         f"untie.split needs groups of layers that follow each other, got rows {stage.rows}",
     )
+
+
+def _check_alignment(stage: Stage) -> None:
+    align = stage.align
+    if align.weight == 0:
+        return
+    require(
+        stage.train_from < align.layer <= stage.depth,
+        f"align: layer must be one that learns, of {stage.train_from + 1} to {stage.depth}, got {align.layer}",
+    )
+    require(
+        align.until >= stage.steps,
+        f"align: a stage ends where its teacher does: until must be >= steps, got until {align.until}, steps {stage.steps}",
+    )
+    require(stage.pool == 1, f"align: the teacher has a vector for every token: not with pool {stage.pool}")
+    require(stage.submodel == 0, f"align: the layer must be there in every step: not with submodel {stage.submodel}")
 
 
 def _check_submodel(stage: Stage) -> None:

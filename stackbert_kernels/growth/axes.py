@@ -276,6 +276,8 @@ def reshaped(model: Bert, maps: ShapeMap, change: Callable[..., dict[str, Tensor
         raise ConfigError(f"shape map: it is of {maps.layers.old} layers, the model has {model.depth}")
     if model.mlm.decoder is not None:
         raise ConfigError("shape map: an untied decoder has no rule; leave the stage that unties it first")
+    if model.projection is not None:
+        raise ConfigError("shape map: a projection to a teacher has no rule; leave the stage that has a teacher first")
     new = Bert(replace(used, **maps.target(used)), device=model.word.device, impl=model.impl)
     layers = tuple(f"bank.layers.{i}." for i in range(model.depth))
     tensors = {n: p for n, p in model.named_parameters() if not n.startswith("bank.") or n.startswith(layers)}

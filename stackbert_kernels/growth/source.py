@@ -1,6 +1,6 @@
 """The smaller model that a run begins from: what its directory says, whether it fits, and its weights at the run's size.
 
-A source is a run of `stackbert pretrain` that has written model/, or any directory of transformers with a BERT. All that can be refused is
+A teacher is read in the same way (train/teacher.py): `role` is what an error calls the model. A source is a run of `stackbert pretrain` that has written model/, or any directory of transformers with a BERT. All that can be refused is
 refused from its config.json, before torch is loaded.
 """
 
@@ -15,6 +15,7 @@ from stackbert_kernels.config import FROM_SOURCE, ConfigError, ModelConfig, Stag
 if TYPE_CHECKING:
     from stackbert_kernels.model.bert import Bert
 
+SOURCE = "source"
 MODEL = "model"
 FIELDS = {
     "layers": "num_hidden_layers",
@@ -32,32 +33,32 @@ VOCABULARIES = ("tokenizer.json", "vocab.txt")
 WEIGHTS = tuple(name + end for name in ("model.safetensors", "pytorch_model.bin") for end in ("", ".index.json"))
 
 
-def source_directory(path: Path | str) -> Path:
+def source_directory(path: Path | str, role: str = SOURCE) -> Path:
     """The transformers directory of a source: itself, or RUN/model."""
     path = Path(path)
     inner = path / MODEL
-    settings = _settings(path)
+    settings = read_settings(path, role)
     if "stages" in settings and "recipe" in settings:
         if not (inner / "config.json").is_file():
-            raise ConfigError(f"source: {path} is a run that has written no {MODEL}/ yet")
+            raise ConfigError(f"{role}: {path} is a run that has written no {MODEL}/ yet")
         return inner
     return path
 
 
-def source_shape(path: Path | str) -> ModelConfig:
+def source_shape(path: Path | str, role: str = SOURCE) -> ModelConfig:
     """The shape of the model in `path`, from its config.json alone."""
-    directory = source_directory(path)
-    settings = _settings(directory)
+    directory = source_directory(path, role)
+    settings = read_settings(directory, role)
     kind = settings.get("model_type")
     if kind != "bert":
-        raise ConfigError(f"source: {directory} must hold a BERT, got model_type {kind!r}")
+        raise ConfigError(f"{role}: {directory} must hold a BERT, got model_type {kind!r}")
     if settings.get("hidden_act") not in ACTIVATIONS:
         raise ConfigError(
-            f"source: hidden_act must be one of {', '.join(ACTIVATIONS)}, got {settings.get('hidden_act')!r}"
+            f"{role}: hidden_act must be one of {', '.join(ACTIVATIONS)}, got {settings.get('hidden_act')!r}"
         )
     missing = [theirs for theirs in FIELDS.values() if theirs not in settings]
     if missing:
-        raise ConfigError(f"source: {directory / 'config.json'} lacks {', '.join(missing)}")
+        raise ConfigError(f"{role}: {directory / 'config.json'} lacks {', '.join(missing)}")
     values = {ours: settings[theirs] for ours, theirs in FIELDS.items()}
     strange = [FIELDS[name] for name, value in values.items() if type(value) not in (int, float)]
     if strange:
@@ -67,8 +68,8 @@ def source_shape(path: Path | str) -> ModelConfig:
     return ModelConfig(**values, activation=ACTIVATIONS[settings["hidden_act"]])
 
 
-def source_vocabulary(path: Path | str) -> Path | None:
-    directory = source_directory(path)
+def source_vocabulary(path: Path | str, role: str = SOURCE) -> Path | None:
+    directory = source_directory(path, role)
     return next((directory / name for name in VOCABULARIES if (directory / name).is_file()), None)
 
 
@@ -121,28 +122,29 @@ def begin(model: Bert, stage: Stage, path: Path | str, *, seed: int) -> list[int
     return [read[0] for read in maps.layers.sources]
 
 
-def load_source(path: Path | str) -> Bert:
+def load_source(path: Path | str, role: str = SOURCE) -> Bert:
     """The source as our model, on the CPU in float32."""
     import transformers
 
     from stackbert_kernels.model.hf import from_transformers
 
-    directory = source_directory(path)
-    named = (_settings(directory).get("architectures") or ["BertModel"])[0]
+    directory = source_directory(path, role)
+    named = (read_settings(directory, role).get("architectures") or ["BertModel"])[0]
     cls = getattr(transformers, named if named in ("BertForMaskedLM", "BertForPreTraining") else "BertModel")
     try:
         return from_transformers(cls.from_pretrained(directory, local_files_only=True).float())
     except (OSError, ValueError) as error:
-        raise ConfigError(f"source: {directory} cannot be loaded: {str(error).splitlines()[0]}") from error
+        raise ConfigError(f"{role}: {directory} cannot be loaded: {str(error).splitlines()[0]}") from error
 
 
-def _settings(path: Path) -> dict:
+def read_settings(path: Path, role: str = SOURCE) -> dict:
+    """The config.json of a run or of a transformers directory."""
     try:
         settings = json.loads((path / "config.json").read_text(encoding="utf-8"))
     except OSError as error:
-        raise ConfigError(f"source: {path} must be a run or a transformers directory, got no config.json") from error
+        raise ConfigError(f"{role}: {path} must be a run or a transformers directory, got no config.json") from error
     except ValueError as error:
-        raise ConfigError(f"source: {path / 'config.json'} is not JSON") from error
+        raise ConfigError(f"{role}: {path / 'config.json'} is not JSON") from error
     if not isinstance(settings, dict):
-        raise ConfigError(f"source: {path / 'config.json'} must hold a JSON object")
+        raise ConfigError(f"{role}: {path / 'config.json'} must hold a JSON object")
     return settings

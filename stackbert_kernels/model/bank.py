@@ -88,6 +88,11 @@ class LayerBank(nn.Module):
         self.grads.zero_()
         self._attach()
 
+    def freeze(self) -> None:
+        """No layer learns any more, and the memory of the gradients is given back."""
+        self.window, self.grads = (0, 0), self.grads.new_empty(0, self.grads.shape[1])
+        self._attach()
+
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Zeroes the window's rows, whatever set_to_none says: the gradients' storage is the bank's."""
         first, last = self.window

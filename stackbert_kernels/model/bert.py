@@ -15,6 +15,7 @@ from torch.nn import functional as F
 
 from stackbert_kernels import ops
 from stackbert_kernels.config import EMBEDDING_POLICIES, ModelConfig
+from stackbert_kernels.model.alignment import mean_cosine
 from stackbert_kernels.model.bank import Layer, LayerBank, generator_for
 from stackbert_kernels.model.heads import APPROXIMATE, Affine, MlmHead, PairHead
 from stackbert_kernels.model.narrow_scores import fill_heads
@@ -47,11 +48,15 @@ class Tokens(Protocol):
 
 @dataclass
 class Output:
-    """loss = mlm_loss + pair_loss, float32 scalars, of what there were labels for. Logits only where asked for."""
+    """loss = mlm_loss + pair_loss, float32 scalars, of what there were labels for. Logits only where asked for.
+
+    alignment, minus the mean cosine between a layer's vectors and given ones, is no part of loss.
+    """
 
     loss: Tensor | None = None
     mlm_loss: Tensor | None = None
     pair_loss: Tensor | None = None
+    alignment: Tensor | None = None
     logits: Tensor | None = None  # [B, S, V], zero at padding
     pair_logits: Tensor | None = None  # [B, 2], zero for a row with no token
 
@@ -106,6 +111,7 @@ class Bert(nn.Module):
         self.final_norm = Affine((C,), C, device) if config.norm == "pre" else None
         self.mlm = MlmHead(C, E, config.vocab_size, config.activation, config.norm_eps, device)
         self.pair = None if config.objective == "mlm" else PairHead(C, device)
+        self.register_parameter("projection", None)
         if self.word.device.type != "meta":  # there a model has shapes only
             self._initialise(seed)
         depth = config.layers
@@ -199,6 +205,18 @@ class Bert(nn.Module):
             if not parameter.requires_grad:
                 parameter.grad = None
 
+    @torch.no_grad()
+    def project_to(self, width: int, seed: int = 0) -> None:
+        """Makes `projection` [width, C], through which a layer's vectors are compared with others of that width, a parameter that learns
+        like the heads; none for 0 or for the hidden size itself. One of the right shape stays as it is."""
+        C = self.config.hidden
+        if width in (0, C):
+            self.projection = None
+        elif self.projection is None or self.projection.shape != (width, C):
+            generator = generator_for(seed, "projection")
+            drawn = torch.empty(width, C).normal_(0, self.config.init_std, generator=generator)
+            self.projection = nn.Parameter(drawn.to(self.word))
+
     @property
     def bank_rows(self) -> int:
         """The layers in use read rows [0, bank_rows) of the bank."""
@@ -226,6 +244,7 @@ class Bert(nn.Module):
         rows: Tensor | None = None,
         dropout: bool | None = None,
         gates: Sequence[float] | None = None,
+        taps: dict[int, Tensor | None] | None = None,
     ) -> Tensor:
         """The encoder's output [T, C], or only its `rows` [n, C]: indices into T, where alone the last layer is then computed.
 
@@ -233,9 +252,15 @@ class Bert(nn.Module):
 
         With `rows`, the masks of the last layer's row ops have row numbers of the gathered tensor as coordinates.
         dropout None = as self.training says. `gates`, one a layer: what a pre-norm layer's residual branches are multiplied by; a layer
-        whose gate is 0 is left out.
+        whose gate is 0 is left out. `taps` is filled with the outputs [T, C] of the layers that are its keys, counted from 1, of those
+        that learn; where the last is one of them, it is computed everywhere.
         """
         self._check(batch)
+        taps = {} if taps is None else taps
+        if any(not self.train_from < layer <= self.depth for layer in taps):
+            raise ValueError(
+                f"Bert: taps must name layers that learn, of {self.train_from + 1} to {self.depth}, got {sorted(taps)}"
+            )
         dropout = self.training if dropout is None else dropout
         if rng is None and dropout and max(self.config.dropout, self.config.attention_dropout) > 0:
             raise ValueError("Bert: rng must be given in training with dropout (ops.new_rng(seed, step)), got None")
@@ -256,12 +281,17 @@ class Bert(nn.Module):
                 x = pool(x, stream)
             for i in range(self.train_from):
                 x = self._layer(i, x, stream, dropout_below, rng)
+        last = None if self.depth in taps else rows
         for i in range(self.train_from, self.depth):
-            only, gate = rows if i == self.depth - 1 else None, 1.0 if gates is None else gates[i]
+            only, gate = last if i == self.depth - 1 else None, 1.0 if gates is None else gates[i]
             if gate == 0.0:
                 x = x if only is None else x.index_select(0, only)
             else:
                 x = self._layer(i, x, stream, dropout, rng, only, gate)
+            if i + 1 in taps:
+                taps[i + 1] = x
+        if rows is not None and last is None:
+            x = x.index_select(0, rows)
         if self.final_norm is not None:
             x = ops.layer_norm(x, self.final_norm.weight, self.final_norm.bias, self.config.norm_eps, impl=self.impl)
         return x
@@ -373,6 +403,7 @@ class Bert(nn.Module):
         *,
         rng: Tensor | None = None,
         gates: Sequence[float] | None = None,
+        align: tuple[int, Tensor] | None = None,
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         token_type_ids: Tensor | None = None,
@@ -382,14 +413,16 @@ class Bert(nn.Module):
         """Losses of a packed batch; or, as in transformers, of padded input_ids [B, S] (attention_mask: 1 = a token; labels: -100 =
         not predicted; the loss is the mean over the others), with logits [B, S, V] on request.
 
-        gates, of a packed batch: as in `encode`. rng is needed in training with dropout; the padded form draws one from torch's generator if none is given.
+        gates, of a packed batch: as in `encode`. align, of a packed batch: a layer, counted from 1, and vectors [T, W] that its output,
+        through `projection` where there is one, is compared with. rng is needed in training with dropout; the padded form draws one from
+        torch's generator if none is given.
         """
         if (batch is None) == (input_ids is None):
             raise ValueError(
                 "Bert: wanted either a batch or input_ids=, got " + ("neither" if batch is None else "both")
             )
         if batch is not None:
-            return self._losses(batch, rng, gates)
+            return self._losses(batch, rng, gates, align)
         if rng is None and self.training:
             rng = torch.randint(0, 2**62, (2,), dtype=torch.int64).to(input_ids.device)
         packed = pack(input_ids, attention_mask, token_type_ids, labels)
@@ -399,19 +432,29 @@ class Bert(nn.Module):
             return self._losses(packed, rng) if labels is not None else Output()
         return self._logits(packed, input_ids.shape, rng, labels is not None)
 
-    def _losses(self, batch: Tokens, rng: Tensor | None, gates: Sequence[float] | None = None) -> Output:
+    def _losses(
+        self,
+        batch: Tokens,
+        rng: Tensor | None,
+        gates: Sequence[float] | None = None,
+        align: tuple[int, Tensor] | None = None,
+    ) -> Output:
         predicted, stream = len(batch.masked), _stream(batch)
         rows = stream.masked
         pair = self.pair is not None and batch.pair_labels is not None
         if pair:
             rows = torch.cat([rows, stream.cu_seqlens[:-1]])  # [CLS] is the first token of its sequence
-        x = self.encode(batch, rng=rng, rows=rows, gates=gates)
+        taps = None if align is None else {align[0]: None}
+        x = self.encode(batch, rng=rng, rows=rows, gates=gates, taps=taps)
         loss = mlm = self._mlm_loss(x[:predicted], batch.labels)
         pair_loss = None
         if pair:
             pair_loss = F.cross_entropy(self.pair(x[predicted:]), batch.pair_labels)
             loss = mlm + pair_loss
-        return Output(loss, mlm, pair_loss)
+        return Output(loss, mlm, pair_loss, None if align is None else self._alignment(taps[align[0]], align[1]))
+
+    def _alignment(self, x: Tensor, target: Tensor) -> Tensor:
+        return -mean_cosine(x if self.projection is None else F.linear(x, self.projection), target)
 
     def _mlm_loss(self, hidden: Tensor, labels: Tensor) -> Tensor:
         return ops.masked_lm_loss(

@@ -6,6 +6,7 @@ What a method may decide, and where each decision is carried out, so that the lo
     how new layers begin              Stage.grow: a map of the bank's rows (growth/), applied to weights and moments alike
     which layers share weights        Stage.rows: the row of the bank that each layer reads; unsharing is a growth at equal depth
     which layers a step leaves out    Stage.drop: plan.Span.gates, a function of the seed and the step
+    a finished model as a teacher     Stage.align, with TrainConfig.teacher (train/teacher.py): plan.Span.pull, a function of the step alone
     a smaller model's weights         Stage.grow of the first stage, with TrainConfig.source (growth/source.py)
     another shape in a stage          Stage.hidden, .heads, .inner, .depth: a new model and optimizer, by maps of their axes
     less in a layer in a stage        Stage.rank, .score_dim: a model with other slots in its bank, made whole by growth/refine.py
@@ -24,6 +25,7 @@ from stackbert_kernels.recipes.bert2bert import Bert2bertOptions, bert2bert
 from stackbert_kernels.recipes.compound_grow import CompoundGrowOptions, compound_grow
 from stackbert_kernels.recipes.core import CoreOptions, core
 from stackbert_kernels.recipes.incremental import IncrementalOptions, incremental
+from stackbert_kernels.recipes.late_to_early import LateToEarlyOptions, late_to_early
 from stackbert_kernels.recipes.mslt import MsltOptions, mslt
 from stackbert_kernels.recipes.multi_level import MultiLevelOptions, multi_level
 from stackbert_kernels.recipes.progressive_layer_dropping import (
@@ -45,11 +47,14 @@ RECIPES = {
     "multi_level": (multi_level, MultiLevelOptions),
     "core": (core, CoreOptions),
     "compound_grow": (compound_grow, CompoundGrowOptions),
+    "late_to_early": (late_to_early, LateToEarlyOptions),
 }
 """What --recipe accepts: the function, called as function(base, options), and the class of its options."""
 NEED_SOURCE = ("bert2bert",)
 """Those that begin from TrainConfig.source."""
+NEED_TEACHER = ("late_to_early",)
+"""Those that learn from TrainConfig.teacher."""
 
-__all__ = ["NEED_SOURCE", "RECIPES", "AlbertOptions", "BaselineOptions", "Bert2bertOptions", "CompoundGrowOptions", "CoreOptions", "IncrementalOptions", "MsltOptions", "MultiLevelOptions",
+__all__ = ["NEED_SOURCE", "NEED_TEACHER", "RECIPES", "AlbertOptions", "BaselineOptions", "Bert2bertOptions", "CompoundGrowOptions", "CoreOptions", "IncrementalOptions", "LateToEarlyOptions", "MsltOptions", "MultiLevelOptions",
            "ProgressiveLayerDroppingOptions", "ShareThenUnshareOptions", "StackingOptions", "albert", "baseline", "bert2bert", "compound_grow", "core",
-           "incremental", "mslt", "multi_level", "progressive_layer_dropping", "share_then_unshare", "stacking"]  # fmt: skip
+           "incremental", "late_to_early", "mslt", "multi_level", "progressive_layer_dropping", "share_then_unshare", "stacking"]  # fmt: skip

@@ -104,6 +104,7 @@ def _checked_base(sweep: Sweep) -> TrainConfig:
             model=replace(base.model, vocab_size=found.model.vocab_size),
             data=replace(base.data, text=found.data.text, vocab=found.data.vocab),
             **{s: getattr(found, s) or getattr(base, s) for s in NEEDS},
+            teacher_shape=found.teacher_shape if found.teacher else base.teacher_shape,
         )
     return base
 

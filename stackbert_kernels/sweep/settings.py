@@ -6,15 +6,15 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from stackbert_kernels.config import ModelConfig, TrainConfig
-from stackbert_kernels.recipes import NEED_SOURCE, RECIPES
+from stackbert_kernels.config import ModelConfig, TeacherShape, TrainConfig
+from stackbert_kernels.recipes import NEED_SOURCE, NEED_TEACHER, RECIPES
 from stackbert_kernels.train.budget import enough, steps_that_fit
 
 EVALUATIONS, CHECKPOINTS, LOGGED = 20, 10, 100
 """So many of each in a run."""
 TUNING = "tuning"
 """The folder of trials, beside the one of sources."""
-NEEDS = {"source": NEED_SOURCE}
+NEEDS = {"source": NEED_SOURCE, "teacher": NEED_TEACHER}
 """The methods that need another model, by the setting of TrainConfig that names it."""
 
 
@@ -63,6 +63,7 @@ class Sweep:
                 steps=steps,
                 stages=(),
                 **{setting: getattr(base, setting) if method in methods else "" for setting, methods in NEEDS.items()},
+                teacher_shape=self._teacher_shape(method),
                 optim=optim,
                 keep=1,
                 eval_every=max(1, steps // EVALUATIONS),
@@ -71,6 +72,15 @@ class Sweep:
             ),
             self.options.get(method, options()),
         )
+
+    def _teacher_shape(self, method: str) -> TeacherShape:
+        """That of the given teacher, or of the one that the sweep makes."""
+        if method not in NEED_TEACHER:
+            return TeacherShape()
+        if not self.makes(method):
+            return self.base.teacher_shape
+        made = SMALLER["teacher"](self.base.model)
+        return TeacherShape(made.layers, made.hidden, made.inner)
 
     def makes(self, method: str) -> str | None:
         """source or teacher, where the method needs one and none was given: then each of its runs begins with training it."""

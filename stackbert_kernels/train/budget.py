@@ -36,7 +36,8 @@ def timing_of(recipe: Recipe, timed: int = TIMED_STEPS) -> TrainConfig:
         steps = timed if len(span.lengths) == 1 else BOTH_LENGTHS * timed
         part = (min(shape.short_steps, span.last) - span.first) / span.stage.steps
         short += min(max(round(steps * part), 1), steps - 1) if 0 < part < 1 else steps * (part >= 1)
-        stages.append(replace(span.stage, steps=steps, lr_policy="global", lr_curve=(), rewarm=0))
+        align = replace(span.stage.align, until=max(span.stage.align.until, steps))
+        stages.append(replace(span.stage, steps=steps, lr_policy="global", lr_curve=(), rewarm=0, align=align))
     steps = sum(stage.steps for stage in stages)
     return replace(
         shape,

@@ -57,6 +57,7 @@ def draw(facts: Facts) -> bytes:
     rate.set_ylim(bottom=0)
     rate.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:g}"))
     rate.set_title("Learning rate", loc="left", fontsize=11)
+    _teacher(rate, facts)
     for axis in (speed, rate):
         axis.set_xlabel("step")
     for axis in axes.flat:
@@ -142,6 +143,19 @@ def _series(axis, facts: Facts, key: str, alpha: float = 1.0) -> None:
     points = [(e["step"], y) for e in facts.steps if (y := number(e, key)) is not None]
     if points:
         axis.plot(*zip(*points, strict=True), color=TRAINED, lw=1.4, alpha=alpha)
+
+
+def _teacher(axis, facts: Facts) -> None:
+    """How near the aligned layer is to the teacher, where there is one, on a scale of its own to the right."""
+    points = [(e["step"], -y) for e in facts.steps if (y := number(e, "alignment")) is not None]
+    if not points:
+        return
+    right = axis.twinx()
+    right.plot(*zip(*points, strict=True), color=HELD_OUT, lw=1.2)
+    right.set_ylim(min(0.0, *(y for _, y in points)), 1.05)
+    right.spines[["top", "left"]].set_visible(False)
+    right.tick_params(axis="y", colors=HELD_OUT)
+    right.set_title("cosine to the teacher", loc="right", fontsize=11, color=HELD_OUT)
 
 
 def _time_axis(axis, seconds: float, formatter) -> None:

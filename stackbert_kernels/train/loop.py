@@ -37,7 +37,7 @@ from stackbert_kernels.growth.reshape import Kept, reshape
 from stackbert_kernels.growth.share import gradient_cosines, part_layers, parted
 from stackbert_kernels.growth.source import begin
 from stackbert_kernels.model.bert import Bert
-from stackbert_kernels.plan import Span, bank_rows, flops_per_token, plan, span_at, span_cost
+from stackbert_kernels.plan import Span, bank_rows, flops_per_token, plan, projection_shape, span_at, span_cost
 from stackbert_kernels.train import checkpoint
 from stackbert_kernels.train.console import Console
 from stackbert_kernels.train.distributed import ALONE, Ranks, joined
@@ -45,6 +45,7 @@ from stackbert_kernels.train.export import export, exportable, exported
 from stackbert_kernels.train.optim import Optimizer
 from stackbert_kernels.train.report import write_report
 from stackbert_kernels.train.run_directory import REPORT, Metrics, Run, cut_metrics, finite, locked, read_metrics
+from stackbert_kernels.train.teacher import Pull, load_teacher
 from stackbert_kernels.train.torchrun import Place, check_ranks
 
 TIMED_STEPS = 200
@@ -129,6 +130,7 @@ def _execute(run: Run, progress: bool, ranks: Ranks) -> dict:
                 span = _parted(span, state)
                 stage = window = span.stage
                 whole = replace(stage, optimizer_state="copy")  # a reset is of the moment that the stage is entered
+                teacher = load_teacher(config, stage, device)
 
                 if state.step == span.first:
                     started = time.perf_counter()
@@ -160,12 +162,13 @@ def _execute(run: Run, progress: bool, ranks: Ranks) -> dict:
                     if span.at(step) != window:
                         window = span.at(step)
                         _set_window(model, optimizer, window)
-                    loss, norm, skipped, tokens = _step(
-                        model, optimizer, [p.to(device) for p in parts], step, lr, config, gates, ranks
+                    pull = None if teacher is None else Pull(teacher, stage.align.layer, span.pull(step))
+                    loss, norm, skipped, tokens, alignment = _step(
+                        model, optimizer, [p.to(device) for p in parts], step, lr, config, gates, ranks, pull
                     )
                     seconds = time.perf_counter() - started
                     cost = flops_per_token(config, window, gates, config.seq_len(step))
-                    _count(state, loss, tokens, cost, seconds, skipped)
+                    _count(state, loss, tokens, cost, seconds, skipped, alignment)
                     if span.stage.untie.due(state.step):
                         span = _read_gradients(model, optimizer, span, parts, state, config, log, ranks)
                         stage = window = span.stage
@@ -237,15 +240,18 @@ def _step(
     config: TrainConfig,
     gates: tuple[float, ...] | None,
     ranks: Ranks,
-) -> tuple[float, float, bool, int]:
-    """Loss, gradient norm, whether the step was skipped because one of them is not finite, and the tokens of the batch, over all ranks."""
+    pull: Pull | None,
+) -> tuple[float, float, bool, int, float | None]:
+    """Loss, gradient norm, whether the step was skipped because one of them is not finite, the tokens of the batch, and the alignment with
+    the teacher where there is one, over all ranks."""
     model.train()
     optimizer.zero_grad()
-    total, tokens = _backward(model, parts, step, config, gates, ranks)
+    total, tokens, alignment = _backward(model, parts, step, config, gates, ranks, pull)
     norm = optimizer.clip(config.optim.clip)
-    skipped = optimizer.step(lr, loss=total)
-    loss, norm, skipped = torch.stack([total, norm, skipped]).tolist()  # the only wait for the device in a step
-    return loss, norm, skipped > 0, tokens
+    skipped = optimizer.step(lr, loss=total if alignment is None else total + alignment)
+    figures = [total, norm, skipped] if alignment is None else [total, norm, skipped, alignment]
+    loss, norm, skipped, *aligned = torch.stack(figures).tolist()  # the only wait for the device in a step
+    return loss, norm, skipped > 0, tokens, aligned[0] if aligned else None
 
 
 def _backward(
@@ -255,26 +261,39 @@ def _backward(
     config: TrainConfig,
     gates: tuple[float, ...] | None = None,
     ranks: Ranks = ALONE,
-) -> tuple[Tensor, int]:
-    """The loss of a step's batch over all ranks, a scalar on the device, and its tokens; its gradients are added to those that are there,
-    which must be zero where there are several ranks."""
+    pull: Pull | None = None,
+) -> tuple[Tensor, int, Tensor | None]:
+    """The loss of a step's batch over all ranks, a scalar on the device, its tokens, and the alignment that `pull` asks for, a scalar beside
+    the loss; the gradients of both are added to those that are there, which must be zero where there are several ranks."""
     own = [sum(len(p.masked) for p in parts), sum(p.sequences for p in parts), sum(p.tokens for p in parts)]
     predictions, sequences, tokens = ranks.sums(own)
     predictions = max(1, predictions)
     device = parts[0].input_ids.device
     total = torch.zeros((), device=device)
+    alignment = None if pull is None else torch.zeros((), device=device)
     for i, part in enumerate(parts):
         rng = ops.new_rng(ranks.dropout_seed(config.seed), step * config.optim.accumulate + i, device=device)
         with _precision(config, device):
-            output = model(part, rng=rng, gates=gates)
+            align = None if pull is None else (pull.layer, _vectors(pull.teacher, part))
+            output = model(part, rng=rng, gates=gates, align=align)
         # Each part counts by what it predicts, so that the sum is the mean over the whole batch however it is cut.
         loss = output.mlm_loss * (len(part.masked) / predictions)
         if output.pair_loss is not None:
             loss = loss + output.pair_loss * (part.sequences / sequences)
+        total += loss.detach()
+        if pull is not None:
+            share = output.alignment * (part.tokens / tokens)
+            alignment += share.detach()
+            loss = loss + pull.weight * share
         with ranks.summing(model, gates) if i == len(parts) - 1 else nullcontext():
             loss.backward()
-        total += loss.detach()
-    return ranks.sum_(total), int(tokens)
+    return ranks.sum_(total), int(tokens), None if alignment is None else ranks.sum_(alignment)
+
+
+@torch.no_grad()
+def _vectors(teacher: Bert, batch: Batch) -> Tensor:
+    """[T, W], the teacher's output at every token."""
+    return teacher.encode(batch, dropout=False)
 
 
 def _precision(config: TrainConfig, device: torch.device):
@@ -304,7 +323,9 @@ class _Log:
             self.metrics.close()
 
 
-def _count(state: State, loss: float, tokens: int, cost: float, seconds: float, skipped: bool) -> None:
+def _count(
+    state: State, loss: float, tokens: int, cost: float, seconds: float, skipped: bool, alignment: float | None
+) -> None:
     state.step += 1
     state.tokens += tokens
     state.flops += cost * tokens
@@ -317,6 +338,8 @@ def _count(state: State, loss: float, tokens: int, cost: float, seconds: float, 
     if math.isfinite(loss):
         state.since_log["loss"] += loss
         state.since_log["steps"] += 1
+        if alignment is not None and math.isfinite(alignment):
+            state.since_log["alignment"] = state.since_log.get("alignment", 0.0) + alignment
     state.stage_seconds[-1] = [*state.stage_seconds[-1][1 - TIMED_STEPS :], seconds]
 
 
@@ -338,10 +361,9 @@ def _mean_loss(state: State) -> float:
 
 
 def _interval(state: State) -> dict:
-    return {
-        "tokens_per_second": state.since_log["tokens"] / state.since_log["seconds"],
-        "skipped": state.since_log["skipped"],
-    }
+    since = state.since_log
+    figures = {"tokens_per_second": since["tokens"] / since["seconds"], "skipped": since["skipped"]}
+    return figures | ({"alignment": since["alignment"] / since["steps"]} if "alignment" in since else {})
 
 
 @torch.no_grad()
@@ -387,6 +409,8 @@ def _grow(model: Bert, optimizer: Optimizer, span: Span, kept: Kept) -> tuple[Be
 
 
 def _use(model: Bert, optimizer: Optimizer, span: Span) -> None:
+    shape = projection_shape(span.config, span.stage)
+    model.project_to(shape[0] if shape else 0, span.config.seed)
     _set_window(model, optimizer, span.stage)
 
 

@@ -27,8 +27,9 @@ from stackbert_kernels.data import tokenizer
 from stackbert_kernels.data.prepare import is_prepared, load_manifest, prepare, require_pairs
 from stackbert_kernels.data.prepare import tokenizer as prepared_tokenizer
 from stackbert_kernels.data.text import source_files
-from stackbert_kernels.growth.source import check_source, source_vocabulary
+from stackbert_kernels.growth.source import SOURCE, check_source, source_vocabulary
 from stackbert_kernels.plan import model_parameters
+from stackbert_kernels.train.teacher import TEACHER, check_teacher
 
 CONFIG, DATA, METRICS, CHECKPOINTS, MODEL, TEXT = "config.json", "data", "metrics.jsonl", "checkpoints", "model", "text"
 REPORT, FIGURE = "report.html", "report.png"
@@ -63,11 +64,11 @@ def check(config: TrainConfig, directory: Path, *, fresh: bool = False) -> Train
     of the vocabulary.
     """
     check_source(config)
-    config = _with_vocabulary(config)
+    config = _with_vocabulary(check_teacher(config))
     directory, data = Path(directory), config.data
     vocab = os.path.abspath(data.vocab) if data.vocab else ""
     config = replace(config, data=replace(data, text=tuple(map(os.path.abspath, data.text)), vocab=vocab))
-    config = replace(config, source=os.path.abspath(config.source) if config.source else "")
+    config = replace(config, **{role: os.path.abspath(path) for role, path in _others(config)})
     earlier = _earlier(directory)
     if earlier is not None and not fresh:
         config = _the_same(earlier, config, directory)
@@ -93,25 +94,35 @@ def check(config: TrainConfig, directory: Path, *, fresh: bool = False) -> Train
     return config
 
 
+def _others(config: TrainConfig) -> list[tuple[str, str]]:
+    """The models that the run uses and that were there before it: role, which is also the setting's name, and path."""
+    return [(role, path) for role, path in ((SOURCE, config.source), (TEACHER, config.teacher)) if path]
+
+
 def _with_vocabulary(config: TrainConfig) -> TrainConfig:
-    """A run that begins from a source reads text by the source's words."""
-    if not config.source or config.data.vocab or (len(config.data.text) == 1 and is_prepared(config.data.text[0])):
+    """A run that has a source or a teacher reads text by its words."""
+    prepared = len(config.data.text) == 1 and is_prepared(config.data.text[0])
+    if not _others(config) or config.data.vocab or prepared:
         return config
-    vocab = source_vocabulary(config.source)
+    role, path = _others(config)[0]
+    vocab = source_vocabulary(path, role)
     if vocab is None:
-        raise ConfigError(f"source: {config.source} has no tokenizer.json or vocab.txt; name its vocabulary by --vocab")
+        raise ConfigError(f"{role}: {path} has no tokenizer.json or vocab.txt; name its vocabulary by --vocab")
     return replace(config, data=replace(config.data, vocab=str(vocab)))
 
 
 def _check_words(config: TrainConfig, words: Tokenizer, where: str) -> None:
-    """Rows of the source's word embedding must mean the words that they meant there; whole words need to be seen in pieces."""
+    """Rows of another model's word embedding must mean the words that they mean here; whole words need to be seen in pieces."""
     if config.data.whole_word and tokenizer.continuations(words) is None:
         raise ConfigError(f"whole_word needs a tokenizer that marks pieces inside words (WordPiece's ##), got {where}")
-    vocab = source_vocabulary(config.source) if config.source else None
-    if vocab is not None and os.path.abspath(vocab) != where:
-        theirs = tokenizer.load(str(vocab), config.data.lowercase).get_vocab()
-        if theirs != words.get_vocab():
-            raise ConfigError(f"source: {where} has other words than {vocab}")
+    for role, path in _others(config):
+        vocab = source_vocabulary(path, role)
+        if vocab is None and role == TEACHER:
+            raise ConfigError(f"teacher: {path} has no tokenizer.json or vocab.txt to compare its words with ours by")
+        if vocab is not None and os.path.abspath(vocab) != where:
+            theirs = tokenizer.load(str(vocab), config.data.lowercase).get_vocab()
+            if theirs != words.get_vocab():
+                raise ConfigError(f"{role}: {where} has other words than {vocab}")
 
 
 def open_run(config: TrainConfig, directory: Path, *, fresh: bool = False, progress: bool = True) -> Run:
@@ -189,7 +200,7 @@ def _resolved(config: TrainConfig, words: int) -> TrainConfig:
         )
     config = replace(config, model=replace(config.model, vocab_size=words))
     check_source(config)
-    return config
+    return check_teacher(config)
 
 
 def _start_over(directory: Path) -> None:
