@@ -25,6 +25,7 @@ from pathlib import Path
 from stackbert_kernels.config import ConfigError, DataConfig, ModelConfig, OptimConfig, TrainConfig
 from stackbert_kernels.recipes import RECIPES, AlbertOptions
 
+from . import results_file
 from .command_line import DONE, FAILED, BadUse, Parser, answered, device_of
 
 CARRIED_BYTES = 15 << 20
@@ -71,11 +72,11 @@ PRESETS = {
             precision="bf16",
             device="cuda",
         ),
-        minutes=3,
-        seeds=3,
+        minutes=2,
+        seeds=2,
         jobs=1,
         tune=(5e-4, 1e-3, 2e-3),
-        tune_minutes=1,
+        tune_minutes=0.5,
     ),
     "base": Preset(
         config=TrainConfig(
@@ -85,11 +86,11 @@ PRESETS = {
             precision="bf16",
             device="cuda",
         ),
-        minutes=6,
+        minutes=4.5,
         seeds=2,
         jobs=1,
         tune=(2e-4, 5e-4, 1e-3),
-        tune_minutes=1.5,
+        tune_minutes=1.2,
     ),
     "pretend": Preset(  # runs through everything in seconds, and says nothing
         config=TrainConfig(
@@ -128,6 +129,7 @@ def parser(prog: str) -> Parser:
     add("--seed", type=int, default=0, help="the first one")
     add("--stop-after", type=float, metavar="M", help="minutes after which no run is begun that would end later")
     add("--state", type=Path, metavar="FILE", help="what a later piece on another machine needs")
+    add("--result", type=Path, metavar="FILE", help="write there how far it is, as JSON, whenever something has ended")
     add("--dry-run", action="store_true", help="print the plan, then stop")
     add("--fresh", action="store_true", help="start over")
     add("--json", action="store_true", help="print the result as one JSON object instead of a table")
@@ -190,29 +192,45 @@ def main(arguments: Sequence[str] | None = None, prog: str = "python -m benchmar
         sweep = sweeps.checked(with_tokens(sweep))
         print(sweeps.outline(sweep), file=sys.stderr)
 
+        def note(result: dict | None) -> None:
+            if options.state:
+                keep(options.state, options.out)
+            if options.result:
+                results_file.write(options.result, found(sweep, result))
+
         def say(line: str) -> None:
             print(line, file=sys.stderr, flush=True)
-            if options.state and "held-out loss" in line:
-                keep(options.state, options.out)
+            if "held-out loss" in line:
+                note(None)
 
         result = sweeps.run_sweep(sweep, say=say)
-        if options.state:
-            keep(options.state, options.out)
+        note(result)
     except ConfigError as error:
         raise BadUse(str(error)) from None
-    amounts = sweeps.amount(sweep)
-    result |= {"runs": amounts["runs"], "finished": amounts["finished"]}
     if options.json:
-        print(json.dumps(result, indent=1))
+        print(
+            json.dumps(result | {n: v for n, v in sweeps.amount(sweep).items() if n in ("runs", "finished")}, indent=1)
+        )
     elif result["comparison"]:
         print(table(result["comparison"]))
-    print(
-        f"{amounts['finished']} of {amounts['runs']} runs finished"
-        + (f", failed: {', '.join(result['failed'])}" if result["failed"] else "")
-        + ("; the same command goes on" if result["status"] == "stopped" else ""),
-        file=sys.stderr,
-    )
-    return FAILED if result["status"] == "failed" or result["failed"] else DONE
+    print(found(sweep, result)["lines"][0], *result["failed"], sep="; failed: ", file=sys.stderr)
+    return FAILED if result["failed"] else DONE
+
+
+def found(sweep, result: dict | None) -> dict:
+    """How far the sweep is, in lines; `result` is run_sweep's, None before its end."""
+    from stackbert_kernels import sweep as sweeps
+    from stackbert_kernels.compare.table import text as table
+
+    amounts = sweeps.amount(sweep)
+    line = f"{amounts['finished']} of {amounts['runs']} runs finished"
+    if amounts["tried"] < amounts["trials"]:
+        line += f", {amounts['tried']} of {amounts['trials']} trials of rates"
+    if result is None or result["status"] == "stopped":
+        line += "; the same command goes on"
+    compared = table(result["comparison"]).splitlines() if result and result["comparison"] else []
+    failures = [f"{run} failed" for run in result["failed"]] if result else []
+    return {"lines": [line, *compared], "failures": failures, "finished": amounts["finished"], "runs": amounts["runs"]}
 
 
 def with_tokens(sweep):

@@ -1,6 +1,8 @@
 """Everything that a machine with a GPU proves about this package: the build, the GPU tests, compute-sanitizer, the benchmarks, a training run.
 
 Each part has its own time and is cut off at its end; results are written as soon as they exist. What this Python lacks is named and left out.
+`--phase build sweep` compares the recipes instead (python -m benchmarks sweep), in pieces of so many minutes: each goes on from the
+folder of the one before, given as --resume, on this machine or another of its kind, and begins no run that it could not end.
 Exit status: 0 nothing failed, 1 something did, 2 bad use.
 """
 
@@ -9,6 +11,7 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import os
+import shutil
 import signal
 import sys
 import tempfile
@@ -22,9 +25,11 @@ from ..command_line import DONE, FAILED, BadUse, Parser, answered
 from . import outcomes, summary
 from .build import setup_module
 from .phases import CUT_OFF, RUNNING, Phase, Setting, limit, run, written
+from .training import corpus
 
 ROOT = Path(__file__).resolve().parents[2]
 NEEDS = ("setup.py", "python_tests", "csrc")  # of a source tree; an installed package has none of them
+SWEEP_ASIDE_SECONDS = 15.0  # after the last run of a piece: the comparison, and what is kept for the next
 RESERVE_SECONDS = 15.0  # for the summary, and for a phase that dies slowly
 LEAST_MINUTES = {"real": 3.0, "pretend": 0.5}
 PRETEND_STEPS = [
@@ -37,6 +42,17 @@ def parser(prog: str) -> Parser:
     made.add_argument("--out", type=Path, metavar="DIR", required=True, help="where the results go")
     made.add_argument("--minutes", type=float, default=9.0, help="for everything together (default 9)")
     made.add_argument("--commit", metavar="SHA", help="of these sources, where they are a copy without their history")
+    names = [phase.name for phase in (*PHASES, SWEEP)]
+    made.add_argument("--phase", nargs="+", choices=names, help=f"only these; default: all but {SWEEP.name}")
+    made.add_argument("--sweep", choices=("small", "base"), default="small", help="size of the models (default small)")
+    made.add_argument(
+        "--text",
+        nargs="+",
+        default=[],
+        metavar="TEXT",
+        help="that the sweep reads; default: the documentation of this Python",
+    )
+    made.add_argument("--resume", type=Path, metavar="DIR", help="results of the sweep's piece before this one")
     made.add_argument(
         "--pretend", action="store_true", help="run through everything on a machine without a GPU, with small stand-ins"
     )
@@ -125,6 +141,25 @@ def training_command(setting: Setting, seconds: float) -> list[str]:
     return _own("training", "--device", setting.device, "--seconds", str(seconds), *files, "--scratch", str(scratch))
 
 
+def sweep_command(setting: Setting, seconds: float) -> list[str]:
+    text = setting.text
+    if setting.pretend and not text:
+        text = (str(corpus("cpu", setting.scratch)),)
+    argv = [sys.executable, "-m", __package__.rpartition(".")[0], "sweep", *text]
+    argv += ["--preset", "pretend" if setting.pretend else setting.sweep, "--out", str(setting.scratch / "sweep")]
+    argv += ["--state", str(setting.out / STATE), "--result", str(setting.scratch / "sweep.json")]
+    return [*argv, "--stop-after", f"{max(1.0, seconds - SWEEP_ASIDE_SECONDS) / 60:.3f}"]
+
+
+def sweep_found(setting: Setting) -> dict:
+    for name in ("compare.json", "compare.png"):
+        file = setting.scratch / "sweep" / name
+        if file.exists():
+            (setting.out / name).write_bytes(file.read_bytes())
+    result = _result("sweep")(setting)
+    return result | {"explained": True} if result.get("failures") else result
+
+
 PHASES = (
     Phase("build", 1.5, build_command, _result("build"), stretch=2.5, fine=(0,)),
     Phase("tests", 2.5, tests_command, tests_found),
@@ -134,6 +169,8 @@ PHASES = (
     Phase("dropin", 0.8, dropin_command, _found("dropin", "dropin.json", summary.dropin_lines)),
     Phase("training", 1.3, training_command, _result("training"), fine=(0,)),
 )
+SWEEP = Phase("sweep", 8.0, sweep_command, sweep_found)
+STATE = "sweep.tar.gz"  # all that the next piece needs; small, but for the tokens beside it
 
 
 # What is refused before any work.
@@ -152,6 +189,8 @@ def check(options: argparse.Namespace) -> None:
     for package in ("torch", "pytest", "setuptools"):
         if importlib.util.find_spec(package) is None:
             raise BadUse(f"wants {package}, which {sys.executable} does not have")
+    if options.resume and not (options.resume / STATE).is_file():
+        raise BadUse(f"--resume must be the folder of an earlier piece, got {options.resume} without {STATE}")
     if not options.pretend:
         _check_gpu()
     try:
@@ -203,7 +242,7 @@ def everything(options: argparse.Namespace, phases: Sequence[Phase] = PHASES) ->
         tempfile.TemporaryDirectory(prefix="stackbert-gpu-", ignore_cleanup_errors=True) as scratch,
         suppress(KeyboardInterrupt),
     ):
-        setting = Setting(ROOT, out, Path(scratch), device, options.pretend, options.commit)
+        setting = Setting(ROOT, out, Path(scratch), device, options.pretend, options.commit, **_of_the_sweep(options))
         for i, phase in enumerate(phases):
             seconds = limit(phase, list(phases[i + 1 :]), end - time.monotonic())
             if seconds < 1:
@@ -237,6 +276,11 @@ def everything(options: argparse.Namespace, phases: Sequence[Phase] = PHASES) ->
     return DONE if result["passed"] else FAILED
 
 
+def _of_the_sweep(options: argparse.Namespace) -> dict:
+    text = tuple(str(Path(text).resolve()) for text in getattr(options, "text", ()))
+    return {"sweep": getattr(options, "sweep", "small"), "text": text}
+
+
 def _interrupt(*_) -> None:
     raise KeyboardInterrupt
 
@@ -245,7 +289,11 @@ def main(arguments: list[str], prog: str) -> int:
     options = parser(prog).parse_args(arguments)
     check(options)
     signal.signal(signal.SIGTERM, _interrupt)  # so that a run which is ended from outside still sums up
-    return everything(options)
+    if options.resume and options.resume.resolve() != options.out.resolve():
+        for file in options.resume.glob(f"{STATE}*"):
+            shutil.copyfile(file, options.out / file.name)
+    chosen = [phase for phase in (*PHASES, SWEEP) if phase.name in (options.phase or [p.name for p in PHASES])]
+    return everything(options, chosen)
 
 
 if __name__ == "__main__":

@@ -30,6 +30,8 @@ class Setting:
     device: str  # "cuda", or "cpu" to pretend
     pretend: bool
     commit: str | None
+    sweep: str = "small"  # preset of the sweep
+    text: tuple[str, ...] = ()  # that it reads
 
 
 @dataclass(frozen=True)

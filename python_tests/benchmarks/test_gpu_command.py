@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -15,12 +16,13 @@ import pytest
 import torch
 from result_samples import MACHINE, op_row
 
-from benchmarks import bench_dropin, bench_train_step, machine_code
+from benchmarks import bench_dropin, bench_sweep, bench_train_step, machine_code
 from benchmarks.__main__ import run_parser
 from benchmarks.command_line import BadUse
 from benchmarks.gpu import __main__ as command
 from benchmarks.gpu import build, outcomes, phases, sanitize, summary, tests
 from benchmarks.gpu.phases import Phase, Setting
+from stackbert_kernels.sweep.performing import ASIDE
 
 ROOT = Path(__file__).parents[2]
 ENVIRONMENT = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}  # it is slow
@@ -89,6 +91,29 @@ def test_the_whole_flow_without_a_gpu(tmp_path):
     assert "PRETEND" in ran.stdout and "everything passed" in ran.stdout
     table = ran.stdout.partition("\n\n")[2].splitlines()
     assert 15 < len(table) < 60
+
+
+@pytest.mark.slow
+def test_pieces_of_a_sweep_without_a_gpu(tmp_path):
+    """The first piece makes all, being so small; the second has another folder, finds that all is done, and what it came to."""
+    results = []
+    for piece, resume in (("one", []), ("two", ["--resume", str(tmp_path / "one")])):
+        argv = [sys.executable, "-m", "benchmarks.gpu", "--phase", "sweep", "--pretend", "--minutes", "4", *resume]
+        ran = subprocess.run(
+            [*argv, "--out", str(tmp_path / piece)], cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True
+        )
+        log = (tmp_path / piece / "log.txt").read_text()
+        assert ran.returncode == 0 and not ran.stderr, f"{ran.stdout}\n{ran.stderr}\n{log[-6000:]}"
+        results.append(json.loads((tmp_path / piece / "gpu.json").read_text())["phases"]["sweep"])
+        assert ("finished before" in log) == (piece == "two") and ("[tuning 4/4]" in log) == (piece == "one")
+        files = [file.name for file in (tmp_path / piece).iterdir()]
+        assert {"sweep.tar.gz", "sweep.tar.gz.tokens", "compare.json", "gpu.json", "log.txt"} <= set(files) and len(
+            files
+        ) <= 8
+    assert all(found["lines"][0] == "2 of 2 runs finished" and found["finished"] == 2 for found in results)
+    assert any("Cost until held-out loss" in line for line in results[0]["lines"])
+    one, two = (json.loads((tmp_path / piece / "compare.json").read_text())["target"] for piece in ("one", "two"))
+    assert one == two
 
 
 # A phase that goes wrong.
@@ -249,6 +274,10 @@ def test_the_benchmarks_take_the_options_that_a_gpu_run_gives_them(tmp_path):
     assert by_name["dropin"][3] == "dropin"
     given = bench_dropin.parser("dropin").parse_args(by_name["dropin"][4:])
     assert (given.device, given.commit, given.seconds, given.size) == ("cuda", "abc", 5.556, None)
+    sweep = command.SWEEP.command(replace(setting, sweep="base", text=("corpus",)), 400.0)
+    given = bench_sweep.parser("sweep").parse_args(sweep[4:])
+    assert sweep[3] == "sweep" and (given.preset, given.text, given.stop_after) == ("base", ["corpus"], 6.417)
+    assert (given.out, given.state, given.jobs) == (tmp_path / "sweep", tmp_path / "sweep.tar.gz", None)
     runs = tests.commands(tmp_path, False)
     assert runs["others"][-3:] == ["gpu", f"--ignore={tests.FILLS_MEMORY}", "python_tests"]
     assert runs["memory"][-1] == tests.FILLS_MEMORY and (ROOT / tests.FILLS_MEMORY).is_file()
@@ -257,6 +286,22 @@ def test_the_benchmarks_take_the_options_that_a_gpu_run_gives_them(tmp_path):
 @pytest.mark.parametrize(("statuses", "status"), [([0, 0], 0), ([0, 1], 1), ([1, 5], 5), ([-11, 0], 139), ([1, 2], 2)])
 def test_the_worse_of_two_test_runs_counts(statuses, status):
     assert tests.worst(statuses) == status
+
+
+def test_a_piece_goes_on_from_one_that_is_there(tmp_path):
+    argv = ["--out", tmp_path, "--pretend", "--resume", tmp_path / "none"]
+    assert f"--resume must be the folder of an earlier piece, got {tmp_path}/none without sweep.tar.gz" in refused(
+        *argv
+    )
+
+
+def test_every_gpu_preset_has_room_in_a_piece():
+    """Of nine minutes: the build takes at most its own part, and in the rest at least one run ends."""
+    build = next(phase for phase in command.PHASES if phase.name == "build")
+    left = 9 * 60 - command.RESERVE_SECONDS
+    sweep = left - phases.limit(build, [command.SWEEP], left) - command.SWEEP_ASIDE_SECONDS
+    for name in ("small", "base"):
+        assert 60 * bench_sweep.PRESETS[name].minutes * ASIDE < sweep
 
 
 def test_too_few_minutes(tmp_path):
