@@ -182,6 +182,21 @@ def test_a_source_is_part_of_the_run(folder, monkeypatch, capsys):
     assert (again / "model" / "config.json").exists() and (again / "metrics.jsonl").read_bytes() != before
 
 
+def test_a_teacher_is_part_of_the_run(folder, capsys):
+    """Half the layers of the same width."""
+    pytest.importorskip("transformers")
+    line = LINE.replace("mslt", "late_to_early", 1).replace(
+        "--mslt.stages 2", "--source-share 0.3 --late-to-early.early 1"
+    )
+    code, out, _ = run(line + " --dry-run", capsys)
+    assert (
+        code == 0
+        and "late_to_early: each run first trains its teacher, 1 layers of hidden size 16, for 30% of its time" in out
+    )
+    code, out, err = run(line, capsys)
+    assert code == 0 and f"! late_to_early: teacher {folder}/out/sources/late_to_early-seed0 is counted: " in out, err
+
+
 def test_the_smaller_model():
     model = half_size(ModelConfig(layers=12, hidden=128, heads=2))
     assert (model.layers, model.hidden, model.heads, model.inner, model.head_dim) == (6, 64, 1, 256, 64)
