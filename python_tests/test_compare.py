@@ -241,6 +241,29 @@ def test_a_budget_below_the_cost_of_the_source(tmp_path):
     assert text(result) and by_name(result)["mslt"]["to_target"]["flops_saved"] < -80
 
 
+# How time and FLOPs are counted
+
+
+def test_seconds_as_the_sweep_timed_the_steps(tmp_path):
+    """Of a run that a busy machine slowed down, and of the model that it began from."""
+    source = write_run(tmp_path / "sources" / "mslt-seed0", BASE, seconds=7.0)
+    run = write_run(tmp_path / "mslt-seed0", replace(GROWN, source=str(source)), seconds=9.0)
+    entry = {"seconds_per_step": [0.25, 0.5], "source_seconds_per_step": [2.0]}
+    (tmp_path / "sweep.json").write_text(json.dumps({"methods": {"mslt": entry}}))
+    first = GROWN.stages[0].steps
+    timed = read_run(run, clock="timed")
+    for point in timed.curve:
+        assert point.spent.seconds == 0.25 * min(point.step, first) + 0.5 * max(0, point.step - first)
+    assert timed.sources[0].spent.seconds == 2.0 * STEPS
+    passed = read_run(run)
+    assert passed.curve[-1].spent.seconds == 9.0 * STEPS and passed.sources[0].spent.seconds == 7.0 * STEPS
+    assert [p.spent.flops for p in passed.curve] == [p.spent.flops for p in timed.curve]
+    result = compare([run], clock="timed")
+    assert result["clock"] == "timed" and "when it was timed" in text(result)
+    with pytest.raises(ConfigError, match="is no run of a sweep that timed its steps: take --clock passed"):
+        compare([run, *seeds(tmp_path / "elsewhere" / "base")], clock="timed")
+
+
 # How FLOPs are counted
 
 

@@ -258,6 +258,9 @@ class Compare:
     """Leave out what earlier runs, teachers and source models cost."""
     flops: Literal["executed", "b1", "b2"] = "executed"
     """executed: the matrix products that ran; b1, b2: forwards of whole layers, a backward costing one or two of them."""
+    clock: Literal["passed", "timed"] = "passed"
+    """passed: the seconds that a run took; timed, of a sweep: its steps at what a step of their stage took when the sweep timed it, for runs
+    on a machine that others used."""
     out: Annotated[Path | None, arg(metavar="DIR")] = None
     """Write compare.json and compare.png there."""
     json: Json = False
@@ -541,7 +544,13 @@ def _compare(command: Compare) -> int:
 
     if not command.runs:
         raise ConfigError("compare: wanted at least one run directory, got none")
-    result = compare(command.runs, baseline=command.baseline, free_source=command.free_source, counting=command.flops)
+    result = compare(
+        command.runs,
+        baseline=command.baseline,
+        free_source=command.free_source,
+        counting=command.flops,
+        clock=command.clock,
+    )
     if command.out:
         from stackbert_kernels.compare.output import write
 

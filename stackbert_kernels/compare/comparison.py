@@ -47,13 +47,18 @@ class Method:
 
 
 def compare(
-    paths: Sequence[Path], *, baseline: str | None = None, free_source: bool = False, counting: str = "executed"
+    paths: Sequence[Path],
+    *,
+    baseline: str | None = None,
+    free_source: bool = False,
+    counting: str = "executed",
+    clock: str = "passed",
 ) -> dict:
     """The comparison of the runs at `paths` as plain JSON values; ConfigError says in one line why there is none.
 
     `baseline` is one of the runs or the name of a method; default: the recipe `baseline`, or else the method of the first run.
     """
-    runs = [read_run(path, counting) for path in run_directories(paths)]
+    runs = [read_run(path, counting, clock) for path in run_directories(paths)]
     notes = _comparable(runs)
     methods = _methods(runs)
     reference = _baseline(methods, runs, baseline)
@@ -89,6 +94,7 @@ def compare(
         "target": {"loss": target, "method": reference.name, "runs": len(reference.runs)},
         "unigram": {"loss": unigram_loss, "accuracy": unigram_accuracy},
         "counting": counting,
+        "clock": clock,
         "free_source": free_source,
         "equal": budgets,
         "load": _load(ranked),

@@ -29,6 +29,9 @@ SWEEP, SOURCES = "sweep.json", "sources"
 of the models that they needed."""
 COUNTINGS = {"executed": None, "b1": 1.0, "b2": 2.0}
 """How FLOPs are counted: the matrix products as executed (the log's), or layer forwards by plan.step_cost with this b, the head included."""
+CLOCKS = ("passed", "timed")
+"""What seconds are: those that passed in the run (the log's), or its steps at what a step of their stage took when the sweep timed it, which
+says more where runs were made on a machine that others used."""
 ROLES = ("source", "teacher")
 NOT_DECAYED = 0.25
 """A finished run whose rate still is above this share of its highest has not decayed."""
@@ -106,10 +109,13 @@ def run_directories(paths: Sequence[Path]) -> list[Path]:
     return found
 
 
-def read_run(directory: Path, counting: str = "executed") -> Run:
-    """ConfigError where the directory does not hold a run with at least one finite evaluation."""
+def read_run(directory: Path, counting: str = "executed", clock: str = "passed") -> Run:
+    """ConfigError where the directory does not hold a run with at least one finite evaluation, or one that was not timed and has to be."""
     facts, config = _facts(directory)
-    curve = _curve(facts, config, counting)
+    each = _timed(directory, config) if clock == "timed" else None
+    if clock == "timed" and each is None:
+        raise ConfigError(f"compare: {directory} is no run of a sweep that timed its steps: take --clock passed")
+    curve = _curve(facts, config, counting, each)
     if not curve:
         raise ConfigError(f"compare: {directory} has no evaluation with a finite loss yet")
     rates = [rate for e in facts.steps if (rate := number(e, "lr")) is not None]
@@ -122,7 +128,7 @@ def read_run(directory: Path, counting: str = "executed") -> Run:
         last_rate=rates[-1] / max(rates) if rates and max(rates) > 0 else None,
         unigram=(number(scored, "unigram_loss") or 0.0, number(scored, "unigram_accuracy") or 0.0),
         fingerprint=_fingerprint(directory, config),
-        sources=tuple(_sources(directory, facts, counting, {directory.resolve()})),
+        sources=tuple(_sources(directory, facts, counting, clock, {directory.resolve()})),
         load=_load(directory),
         tuning=_tuning(directory, config),
     )
@@ -159,6 +165,15 @@ def _tuning(directory: Path, config: TrainConfig) -> dict | None:
     return found if found and found["lr"] == config.optim.lr else None
 
 
+def _timed(directory: Path, config: TrainConfig) -> tuple[float, ...] | None:
+    """Seconds that a step of each stage took when the sweep timed it, for a run of its methods or of the models that they need."""
+    place, key, method = directory.resolve(), "seconds_per_step", config.recipe
+    if place.parent.name == SOURCES:
+        place, key, method = place.parent, f"source_{key}", place.name.rpartition("-")[0]
+    each = _of_the_sweep(place).get("methods", {}).get(method, {}).get(key)
+    return tuple(each) if each and len(each) == len(config.stages) else None
+
+
 def source_settings(path: str, directory: Path) -> object:
     """What a source or teacher of the run in `directory` is, whichever seed it was trained with: its settings, or the path where no run is
     there."""
@@ -172,9 +187,14 @@ def _source_run(path: Path, directory: Path) -> Path | None:
     return next((p for p in (path, path.parent, beside) if _is_run(p)), None)
 
 
-def _curve(facts: Facts, config: TrainConfig, counting: str) -> tuple[Point, ...]:
-    """Evaluations with a finite loss. Each stage ends with an evaluation, so what is spent between two is of one stage."""
-    points, flops, tokens, done = [], 0.0, 0.0, 0
+def _curve(
+    facts: Facts, config: TrainConfig, counting: str, each: tuple[float, ...] | None = None
+) -> tuple[Point, ...]:
+    """Evaluations with a finite loss. Each stage ends with an evaluation, so what is spent between two is of one stage.
+
+    `each`: seconds of a step of each stage, in place of those that passed.
+    """
+    points, flops, tokens, seconds, done = [], 0.0, 0.0, 0.0, 0
     for event in facts.evals:
         here = {name: number(event, name) for name in (*MEASURES, "stage")}
         if None in here.values() or not 0 <= here["stage"] < len(config.stages):
@@ -185,10 +205,11 @@ def _curve(facts: Facts, config: TrainConfig, counting: str) -> tuple[Point, ...
         else:
             since = range(done, int(event["step"]))
             flops += (here["tokens"] - tokens) * _layer_model(config, stage, since, COUNTINGS[counting])
+        seconds = here["seconds"] if each is None else seconds + (int(event["step"]) - done) * each[stage]
         tokens, done = here["tokens"], int(event["step"])
         loss = number(event, "eval_loss")
         if loss is not None:
-            spent = Spent(flops, tokens, here["seconds"])
+            spent = Spent(flops, tokens, seconds)
             points.append(Point(int(event["step"]), stage, spent, loss, number(event, "eval_accuracy") or 0.0))
     return tuple(points)
 
@@ -212,14 +233,14 @@ def _unfinished(facts: Facts, config: TrainConfig, curve: Sequence[Point]) -> st
 # What came before
 
 
-def _sources(directory: Path, facts: Facts, counting: str, seen: set[Path]) -> Iterator[Source]:
+def _sources(directory: Path, facts: Facts, counting: str, clock: str, seen: set[Path]) -> Iterator[Source]:
     recorded = [e for e in read_metrics(directory / METRICS) if e["event"] == "source" and e.get("path")]
     by_path = {e["path"]: e for e in recorded}
     named = {e["path"]: e.get("role", ROLES[0]) for e in recorded}
     for role, path in _named(facts.config):
         named.setdefault(path, role)
     for path, role in named.items():
-        yield Source(role, path, _cost(_source_run(Path(path), directory), by_path.get(path), counting, seen))
+        yield Source(role, path, _cost(_source_run(Path(path), directory), by_path.get(path), counting, clock, seen))
 
 
 def _named(value: object) -> Iterator[tuple[str, str]]:
@@ -235,12 +256,12 @@ def _named(value: object) -> Iterator[tuple[str, str]]:
             yield from _named(inner)
 
 
-def _cost(run: Path | None, event: dict | None, counting: str, seen: set[Path]) -> Spent | None:
+def _cost(run: Path | None, event: dict | None, counting: str, clock: str, seen: set[Path]) -> Spent | None:
     if run is not None and run.resolve() not in seen:
         facts, config = _facts(run)
-        curve = _curve(facts, config, counting)
+        curve = _curve(facts, config, counting, _timed(run, config) if clock == "timed" else None)
         if curve:
-            parts = [s.spent for s in _sources(run, facts, counting, seen | {run.resolve()})]
+            parts = [s.spent for s in _sources(run, facts, counting, clock, seen | {run.resolve()})]
             return sum((part for part in parts if part), curve[-1].spent)
     amounts = [number(event, name) for name in MEASURES]
     if amounts[0] is None and amounts[2] is None:

@@ -13,6 +13,9 @@ COUNTED = {
 }
 
 
+SECONDS = {"passed": "training as measured", "timed": "steps, at what a step of their stage took when it was timed"}
+
+
 def text(result: dict) -> str:
     """Two tables, losses and costs, best method first; below them what keeps the figures from being taken at face value."""
     methods, target, equal = result["methods"], result["target"], result["equal"]
@@ -49,7 +52,7 @@ def text(result: dict) -> str:
         f"Cost until held-out loss {target['loss']:.3f}, that of {target['method']} at its end"
         + (f" (mean of {target['runs']} runs)" if target["runs"] > 1 else ""),
         *_aligned(costs),
-        f"FLOPs: {COUNTED[result['counting']]}; seconds: training as measured{_load(result.get('load'))}; {free}",
+        f"FLOPs: {COUNTED[result['counting']]}; seconds: {SECONDS[result['clock']]}{_load(result.get('load'))}; {free}",
         "ranked by seconds to that loss, then by loss at equal seconds; a single run is held against the baseline's of the same seed",
     ]
     warnings = [f"{entry['name']} is not ranked: {entry['why']} ({entry['run']})" for entry in result["not_ranked"]]
