@@ -124,6 +124,17 @@ def test_a_vocabulary_of_another_size_is_refused(text, capsys):
     assert code == 2 and "vocab_size must be the tokenizer's 7 (or 0, to take it), got vocab_size 30522" in err
 
 
+def test_whole_words_need_a_tokenizer_of_pieces(text, capsys):
+    from tokenizers import Tokenizer, models
+
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "the", "a"]
+    Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="[UNK]")).save("words.json")
+    before = sorted(os.listdir(text))
+    code, _, err = run("pretrain text.txt --out run --vocab words.json --whole-word", capsys)
+    assert code == 2 and "whole_word needs a tokenizer that marks pieces inside words (WordPiece's ##), got " in err
+    assert sorted(os.listdir(text)) == before
+
+
 def test_what_this_machine_lacks_is_refused_before_any_work(text, capsys, monkeypatch):
     monkeypatch.setattr("stackbert_kernels.ops._triton.INTERPRETED", False)  # as for a user
     before = sorted(os.listdir(text))
