@@ -195,6 +195,22 @@ def test_a_method_that_diverges_is_a_finding(folder, monkeypatch, capsys):
     assert "! mslt, seed 0 is not ranked: stopped in mid-decay" in out and "1  baseline" in out
 
 
+def test_what_breaks_does_not_keep_the_others(folder, monkeypatch, capsys):
+    train = loop.train
+
+    def breaks(config, out, **options):
+        if out.name == "baseline-seed1":
+            raise RuntimeError("out of memory:\n12 GiB")
+        return train(config, out, **options)
+
+    monkeypatch.setattr(loop, "train", breaks)
+    code, _, err = run(LINE, capsys)
+    assert code == 1 and "[3/4] baseline seed 1: RuntimeError: out of memory: 12 GiB\n" in err and "Traceback" in err
+    assert (
+        err.endswith("stackbert: 1 of the runs failed: out/baseline-seed1\n") and "[4/4] mslt seed 1: held-out" in err
+    )
+
+
 def test_a_budget_without_room(folder, monkeypatch, capsys):
     monkeypatch.setattr(sweep_settings, "steps_that_fit", lambda *_: 7)
     code, _, err = run(LINE, capsys)

@@ -122,6 +122,25 @@ def test_each_method_runs_at_its_best_rate(folder, monkeypatch, capsys):
         assert code == 2 and said in err and err.count("\n") == 1, err
 
 
+def test_a_trial_that_breaks_leaves_out_its_method(folder, monkeypatch, capsys):
+    """The others' runs are made; the same command makes that trial again, and then the runs."""
+    train, line = loop.train, f"{LINE} --lr mslt=2e-3 --tune 1e-3 1e-2"
+
+    def breaks(config, out, **options):
+        if out.name == "baseline-lr0.01":
+            raise RuntimeError("no room")
+        return train(config, out, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "train", breaks)
+        code, _, err = run(line, capsys)
+    assert code == 1 and "[tuning 2/2] baseline at 0.01: RuntimeError: no room\n" in err
+    assert "baseline: a trial has no result, so its runs are left out" in err and "mslt seed 0: held-out loss" in err
+    assert err.endswith("stackbert: 1 of the runs failed: out/baseline-seed0\n")
+    code, _, err = run(line, capsys)
+    assert code == 0 and "[tuning 1/2]" not in err and "[tuning 2/2] baseline at 0.01: held-out" in err, err
+
+
 def test_the_best_rate_and_the_edge_of_what_was_tried():
     def tuned(*losses) -> Tuned:
         rates = tuple(10.0**i for i in range(len(losses)))

@@ -70,15 +70,18 @@ def run_sweep(sweep: Sweep, *, say: Callable[[str], None]) -> dict:
     try:
         methods = dict.fromkeys(method for _, method, _, _ in waiting)
         record, done = timed(sweep, record, [m for m in methods if m not in record.methods], say)
-        if done and any(
-            record.tuning.get(m) is None or record.tuning[m].lr is None for m, _, _ in sweep.trials() if m in methods
-        ):
+        untuned = {m for m, _, _ in sweep.trials() if m in methods}
+        if done and not all(_has_rate(record, m) for m in untuned):
             record, done = tune(sweep, record, say)
-        failed = []
-        done = done and _trained(sweep, record, waiting, failed, say)
+        failed = [str(run) for _, m, _, run in waiting if done and m in untuned and not _has_rate(record, m)]
+        done = done and _trained(sweep, record, [run for run in waiting if str(run[3]) not in failed], failed, say)
     finally:
         shutil.rmtree(out / TIMING, ignore_errors=True)
     return _result(sweep, "stopped" if not done else "failed" if failed else "finished", failed)
+
+
+def _has_rate(record: Record, method: str) -> bool:
+    return method in record.tuning and record.tuning[method].lr is not None
 
 
 def _begun(sweep: Sweep) -> Record:
@@ -111,7 +114,7 @@ def _trained(
         say(f"{places[work.out]}: {work.config.steps:,} steps in about {duration(sweep.seconds)}; then {left} to go")
 
     def ended(work: Work, result: dict) -> None:
-        if result["status"] in ("failed", "crashed"):
+        if result["status"] in ("failed", "refused", "crashed"):
             failed.append(str(work.out))
         say(f"{places[work.out]}: {_score(work.out) if result['status'] == 'finished' else result['message']}")
 

@@ -18,7 +18,10 @@ from stackbert_kernels.train.run_facts import duration
 
 
 def tune(sweep: Sweep, record: Record, say: Callable[[str], None]) -> tuple[Record, bool]:
-    """The record with the best rate of each method and the runs that follow from it; False where a signal came between."""
+    """The record with the best rate of each method and the runs that follow from it; False where a signal came between.
+
+    A method of which a trial crashed has no rate yet.
+    """
     trials = sweep.trials()
     tuned = dict.fromkeys(method for method, _, _ in trials)
     for method in tuned:
@@ -68,8 +71,9 @@ def tune(sweep: Sweep, record: Record, say: Callable[[str], None]) -> tuple[Reco
     for method in tuned:
         found = record.tuning[method]
         if found.lr is None:
-            raise ConfigError(f"sweep: a trial of {method} has no result (see above); the same command makes it again")
-        say(f"{method}: rate {found.lr:g}{at_edge(found)}")
+            say(f"{method}: a trial has no result, so its runs are left out; the same command makes it again")
+        else:
+            say(f"{method}: rate {found.lr:g}{at_edge(found)}")
     return record, True
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import traceback
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -70,7 +71,7 @@ def finished(run: Path) -> bool:
 def perform(work: Work, *, progress: bool = False) -> dict:
     """What training returned; of a timing, `stage_seconds` are what steps take, and `first_seconds` those of the model before.
 
-    status "failed" and a message where it is refused.
+    status "refused" and a message where it cannot begin, "crashed" where it broke: no reason for the others not to go on.
     """
     from stackbert_kernels.train.loop import train
 
@@ -79,7 +80,10 @@ def perform(work: Work, *, progress: bool = False) -> dict:
             return _trained(work, train, progress)
         return _timed(work, train)
     except (ConfigError, CheckpointError) as error:
-        return {"status": "failed", "message": str(error)}
+        return {"status": "refused", "message": str(error)}
+    except Exception as error:
+        traceback.print_exc()
+        return {"status": "crashed", "message": f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"}
 
 
 def _trained(work: Work, train: Callable, progress: bool) -> dict:
