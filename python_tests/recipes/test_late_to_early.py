@@ -308,7 +308,14 @@ def test_two_ranks_are_one_process_with_two_parts_bitwise(shards, teacher, tmp_p
     words = tokenizer(shards).get_vocab_size()
 
     def config(parts):
-        made = taught(shards, teacher, optim=OptimConfig(lr=1e-2, accumulate=parts), checkpoint_every=20, log_every=1)
+        made = taught(
+            shards,
+            teacher,
+            optim=OptimConfig(lr=1e-2, accumulate=parts),
+            checkpoint_every=20,
+            log_every=1,
+            device="cpu",
+        )
         return replace(made, model=replace(made.model, dropout=0.0, attention_dropout=0.0, vocab_size=words))
 
     two, one = tmp_path / "two", tmp_path / "one"

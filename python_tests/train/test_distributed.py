@@ -48,7 +48,7 @@ DROPOUT_OFF = {"dropout": 0.0, "layers": 4, "hidden": 32, "heads": 2, "max_posit
 def small(shards, *, parts=1, dropout=0.0, **changes):
     model = ModelConfig(**DROPOUT_OFF | {"dropout": dropout})
     optim = OptimConfig(lr=1e-2, accumulate=parts)
-    return replace(settings(shards, steps=14, checkpoint_every=7, eval_every=7, log_every=1), model=model, optim=optim, stages=(), **changes)  # fmt: skip
+    return replace(settings(shards, steps=14, checkpoint_every=7, eval_every=7, log_every=1), model=model, optim=optim, stages=(), device="cpu", **changes)  # fmt: skip
 
 
 RECIPES = {
@@ -452,6 +452,20 @@ def test_bad_ranks_are_refused_in_one_line(shards, tmp_path, monkeypatch, capsys
     assert not (tmp_path / "run").exists()
 
 
+def test_each_rank_has_a_gpu_of_its_own(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert [str(loop._device(d, Place(3, 4, 1, 2))) for d in ("auto", "cuda", "cpu")] == ["cuda:1", "cuda:1", "cpu"]
+    message = "3 ranks on a machine need as many CUDA devices, torch sees 2: --nproc-per-node 2, or --device cpu"
+    for where, error in (
+        (Place(0, 6, 0, 3), ConfigError),
+        (Place(4, 6, 1, 3), ConfigError),
+        (Place(3, 6, 0, 3), DistributedError),
+    ):
+        with pytest.raises(error, match=message):
+            loop._device("auto", where)
+
+
 def test_one_rank_speaks(shards, tmp_path, monkeypatch, capsys):
     """A refusal and a plan are printed once; a sweep is for one process."""
     for name, value in {"WORLD_SIZE": "2", "RANK": "1", "MASTER_ADDR": "a", "MASTER_PORT": "1"}.items():
@@ -470,7 +484,17 @@ def test_one_rank_speaks(shards, tmp_path, monkeypatch, capsys):
 def test_torchrun(shards, tmp_path):
     line = "--layers 4 --hidden 32 --heads 2 --max-position 16 --seq-len 16 --batch-tokens 64 --steps 12 --threads 1"
     command = ["torch.distributed.run", "--nproc-per-node", "2", "-m", "stackbert_kernels", "pretrain", str(shards)]
-    command = [sys.executable, "-m", *command, "--out", str(tmp_path / "run"), *line.split(), "--json"]
+    command = [
+        sys.executable,
+        "-m",
+        *command,
+        "--out",
+        str(tmp_path / "run"),
+        *line.split(),
+        "--json",
+        "--device",
+        "cpu",
+    ]
     ran = subprocess.run(
         command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}, timeout=300
     )

@@ -13,6 +13,7 @@ from __future__ import annotations
 import hashlib
 import json
 import secrets
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -280,7 +281,8 @@ def joined(place: Place, device: torch.device, *, timeout: timedelta = TIMEOUT) 
             raise DistributedError(str(error)) from error
         raise
     finally:
-        if device.type == "cpu":  # a NCCL group that lost a rank would wait for it here; it goes with the process
+        # A NCCL group that lost a rank would wait for it here; it goes with the process.
+        if device.type == "cpu" or sys.exc_info()[0] is None:
             dist.destroy_process_group()
 
 

@@ -46,7 +46,7 @@ from stackbert_kernels.train.optim import Optimizer
 from stackbert_kernels.train.report import write_report
 from stackbert_kernels.train.run_directory import REPORT, Metrics, Run, cut_metrics, finite, locked, read_metrics
 from stackbert_kernels.train.teacher import Pull, load_teacher
-from stackbert_kernels.train.torchrun import Place, check_ranks
+from stackbert_kernels.train.torchrun import DistributedError, Place, check_ranks
 
 TIMED_STEPS = 200
 """The median of so many last steps of a stage is its measured time."""
@@ -632,13 +632,19 @@ def check_machine(config: TrainConfig) -> dict[str, str]:
 
 
 def _device(wanted: str, place: Place = Place()) -> torch.device:  # noqa: B008 (frozen)
-    """Of several processes on a machine, each has the GPU of its number."""
+    """Of several processes on a machine, each has the GPU of its number. Where these are too few, one process of the machine says so."""
     if wanted == "auto":
         wanted = "cuda" if torch.cuda.is_available() else "cpu"
     if wanted == "cuda" and place.size > 1:
         wanted = f"cuda:{place.local_rank}"
     device = torch.device(wanted)
     seen = torch.cuda.device_count()
+    if device.type == "cuda" and place.size > 1 and seen < place.local_size:
+        refusal = DistributedError if place.rank > 0 and place.local_rank == 0 else ConfigError
+        raise refusal(
+            f"{place.local_size} ranks on a machine need as many CUDA devices, torch sees {seen}: "
+            f"--nproc-per-node {seen}, or --device cpu"
+        )
     if device.type == "cuda" and (device.index or 0) >= seen:
         raise ConfigError(
             f"device must be one that torch can use, got {wanted}: torch {torch.__version__} sees {seen} CUDA devices"

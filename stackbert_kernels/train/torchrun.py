@@ -20,11 +20,12 @@ class Place:
     rank: int = 0
     size: int = 1
     local_rank: int = 0
-    """Among those of its machine."""
+    """Among the `local_size` of its machine."""
+    local_size: int = 1
 
 
 def place(environment: Mapping[str, str] = os.environ) -> Place:
-    """By RANK, WORLD_SIZE and LOCAL_RANK; alone where there is no WORLD_SIZE. ConfigError where they make no sense."""
+    """By RANK, WORLD_SIZE, LOCAL_RANK and LOCAL_WORLD_SIZE; alone where there is no WORLD_SIZE. ConfigError where they make no sense."""
     size = _number(environment, "WORLD_SIZE", "1", least=1)
     if size == 1:
         return Place()
@@ -36,7 +37,8 @@ def place(environment: Mapping[str, str] = os.environ) -> Place:
     rank = _number(environment, "RANK", "0", least=0)
     if rank >= size:
         raise ConfigError(f"RANK must be in [0, {size}), got {rank}")
-    return Place(rank, size, _number(environment, "LOCAL_RANK", str(rank), least=0))
+    local_rank = _number(environment, "LOCAL_RANK", str(rank), least=0)
+    return Place(rank, size, local_rank, _number(environment, "LOCAL_WORLD_SIZE", str(local_rank + 1), least=1))
 
 
 def _number(environment: Mapping[str, str], name: str, default: str, *, least: int) -> int:
