@@ -50,7 +50,8 @@ def test_range():
     """Equal vectors have the cosine 1 and opposite ones -1, never beyond though squares and products are rounded."""
     for seed in range(20):
         x = torch.randn(64, 33, generator=torch.Generator().manual_seed(seed))
-        assert 1 - 1e-6 < mean_cosine(x, x) <= 1 and -1 <= mean_cosine(x, -x) < -1 + 1e-6
+        for row in x.split(1):  # of some, the quotient is rounded to more than 1
+            assert 1 - 1e-6 < mean_cosine(row, row) <= 1 and -1 <= mean_cosine(row, -row) < -1 + 1e-6
     x, target = vectors()
     assert -1 <= mean_cosine(x, target) <= 1
 

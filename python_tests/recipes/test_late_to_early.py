@@ -196,6 +196,19 @@ def test_cutting_a_step_changes_nothing():
     assert not other.bank.grads.any() and -1 <= found[0][1] < 1
 
 
+def test_the_gradient_is_that_of_the_weighted_sum():
+    """In float64: of the loss without a teacher, and beside it the weight times what an alignment of weight 1 adds."""
+    model, other, found = tiny(dropout=0.0, attention_dropout=0.0).double(), tiny(seed=5, layers=2).double(), {}
+    for weight in (None, 1.0, 0.3):
+        model.zero_grad()
+        pull = None if weight is None else Pull(other, 2, weight)
+        loop._backward(model, [sample((9, 2, 24, 13))], 0, BASE, pull=pull)
+        found[weight] = model.bank.grads.clone()
+    added = found[1.0] - found[None]
+    assert added[:2].abs().max() > 1e-3 and not added[2:].any()
+    torch.testing.assert_close(found[0.3], found[None] + 0.3 * added, rtol=1e-10, atol=1e-14)
+
+
 # What is refused
 
 
