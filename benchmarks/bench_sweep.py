@@ -53,7 +53,7 @@ PRESETS = {
     "cpu": Preset(
         config=TrainConfig(
             model=ModelConfig(layers=8, hidden=128, heads=2, max_position=64, dropout=0.0, init_std=0.05),
-            data=DataConfig(train_vocab_size=4096, seq_len=64, batch_tokens=512, mask_rate=0.30, eval_tokens=16384),
+            data=DataConfig(train_vocab_size=4096, seq_len=64, batch_tokens=512, mask_rate=0.30, heldout=0.03),
             optim=OptimConfig(beta2=0.98),
             device="cpu",
         ),
@@ -61,7 +61,7 @@ PRESETS = {
         seeds=2,
         jobs=2,
         tune=(5e-4, 1e-3, 2e-3),
-        tune_minutes=4,
+        tune_minutes=3,
     ),
     # BERT-base's depth at half its width: BERT-small's four layers are too few to stack, and a run has to end within a piece of nine minutes.
     "small": Preset(
