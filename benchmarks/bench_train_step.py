@@ -34,7 +34,7 @@ from stackbert_kernels.config import ConfigError, ModelConfig
 from stackbert_kernels.model.bert import Bert
 from stackbert_kernels.plan import baseline_stage, flops_per_token, plan
 from stackbert_kernels.recipes.mslt import MsltOptions, mslt
-from stackbert_kernels.train.loop import check_machine
+from stackbert_kernels.train.machine import check_machine
 
 from . import figure as figures
 from . import machine, results_file, table

@@ -14,7 +14,7 @@ from stackbert_kernels import ops
 from stackbert_kernels.config import ConfigError, DataConfig, ModelConfig, OptimConfig, Stage, TrainConfig
 from stackbert_kernels.model.bert import Bert
 from stackbert_kernels.plan import baseline_stage, flops_per_token
-from stackbert_kernels.train.loop import check_machine
+from stackbert_kernels.train.machine import check_machine
 from stackbert_kernels.train.optim import Optimizer
 
 MASK = 103

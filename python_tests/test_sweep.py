@@ -144,7 +144,7 @@ def test_a_sweep_from_beginning_to_end_and_on(folder, monkeypatch, capsys):
 
 
 def test_an_interrupted_sweep_goes_on(folder, monkeypatch, capsys):
-    step, calls = loop._step, []
+    step, calls = loop.take_step, []
 
     def interrupts(*arguments):
         calls.append(0)
@@ -152,7 +152,7 @@ def test_an_interrupted_sweep_goes_on(folder, monkeypatch, capsys):
             os.kill(os.getpid(), signal.SIGTERM)
         return step(*arguments)
 
-    monkeypatch.setattr(loop, "_step", interrupts)
+    monkeypatch.setattr(loop, "take_step", interrupts)
     line = LINE.replace("baseline,mslt", "baseline").replace(" mslt=2e-3", "").replace("--mslt.stages 2", "")
     code, out, err = run(line, capsys)
     assert code == 1 and err.endswith("stackbert: stopped; the same command goes on\n")
@@ -166,9 +166,9 @@ def test_an_interrupted_sweep_goes_on(folder, monkeypatch, capsys):
 
 
 def test_a_signal_during_the_timing(folder, monkeypatch, capsys):
-    step = loop._step
+    step = loop.take_step
     with monkeypatch.context() as patch:
-        patch.setattr(loop, "_step", lambda *a: os.kill(os.getpid(), signal.SIGINT) or step(*a))
+        patch.setattr(loop, "take_step", lambda *a: os.kill(os.getpid(), signal.SIGINT) or step(*a))
         code, _, err = run(LINE, capsys)
     assert code == 1 and err.endswith("stopped; the same command goes on\n")
     assert sorted(os.listdir("out")) == ["data", "sweep.json"]

@@ -67,7 +67,7 @@ def test_each_method_runs_at_its_best_rate(folder, monkeypatch, capsys):
         == "2 runs, 0 of them finished: 48.0 s of training, about 1 min 13 s with evaluation, checkpoints and tuning"
     )
 
-    step, calls = loop._step, []
+    step, calls = loop.take_step, []
     with monkeypatch.context() as patch:
 
         def interrupts(*arguments):
@@ -78,7 +78,7 @@ def test_each_method_runs_at_its_best_rate(folder, monkeypatch, capsys):
                 os.kill(os.getpid(), signal.SIGTERM)
             return step(*arguments)
 
-        patch.setattr(loop, "_step", interrupts)
+        patch.setattr(loop, "take_step", interrupts)
         code, _, err = run(TUNED, capsys)
     assert code == 1 and "[tuning 2/3] baseline at 0.01: stopped by SIGTERM after step 5 of 25" in err, err
     assert [trial["lr"] for trial in recorded(folder)["tuning"]["baseline"]["tried"]] == [1e-3]

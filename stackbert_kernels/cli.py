@@ -446,7 +446,7 @@ def _pretrain(command: Pretrain) -> int:
         return DONE
     if config.device not in ("auto", "cpu") or config.impl != "auto":
         check(config, command.out, fresh=command.fresh)
-        from stackbert_kernels.train.loop import check_machine
+        from stackbert_kernels.train.machine import check_machine
 
         check_machine(config)
     if several:
@@ -519,7 +519,7 @@ def _sweep(command: Sweep) -> int:
         plan = sweeps.outline(sweep)
         _print({"outline": plan.splitlines(), **sweeps.amount(sweep)}) if command.json else print(plan)
         return DONE
-    from stackbert_kernels.train.loop import check_machine
+    from stackbert_kernels.train.machine import check_machine
 
     check_machine(sweep.base)
     if command.fresh:

@@ -126,7 +126,7 @@ def tensors(model: Bert, optimizer: Optimizer) -> dict[str, torch.Tensor]:
 def seen(monkeypatch) -> dict[str, dict]:
     """Of a run: weights and moments at the beginning of each stage and at the end of the one before, by step; and what it read."""
     found = {"left": {}, "entered": {}, "trained": [], "evaluated": []}
-    grow, use, forward, evaluate = loop._grow, loop._use, Bert._losses, Bert.evaluate
+    grow, use, forward, evaluate = loop._grow, loop.use, Bert._losses, Bert.evaluate
 
     def remember_grow(model, optimizer, span, kept):
         found["left"][span.first] = tensors(model, optimizer)
@@ -145,7 +145,7 @@ def seen(monkeypatch) -> dict[str, dict]:
         return evaluate(model, batch)
 
     monkeypatch.setattr(loop, "_grow", remember_grow)
-    monkeypatch.setattr(loop, "_use", remember_use)
+    monkeypatch.setattr(loop, "use", remember_use)
     monkeypatch.setattr(Bert, "_losses", remember_forward)
     monkeypatch.setattr(Bert, "evaluate", remember_evaluate)
     return found
@@ -218,14 +218,14 @@ def test_dropping_the_pooling_changes_no_weight(shards, tmp_path, quick, monkeyp
     options = CompoundGrowOptions(inner_ratio=1, optimizer_state="copy")
     config = compound_grow(settings(shards, optim=replace(settings(shards).optim, accumulate=2)), options)
     entered = {}
-    use = loop._use
+    use = loop.use
 
     def remember(model, optimizer, span):
         before = tensors(model, optimizer)
         use(model, optimizer, span)
         entered[span.first] = before, tensors(model, optimizer)
 
-    monkeypatch.setattr(loop, "_use", remember)
+    monkeypatch.setattr(loop, "use", remember)
     trained(config, tmp_path / "seen")
     before, after = entered[10]
     assert before.keys() == after.keys() and all(torch.equal(after[name], before[name]) for name in before)

@@ -152,14 +152,14 @@ def test_a_relaxed_model_is_not_exported():
 def test_a_run_becomes_whole_and_goes_on_bitwise(shards, tmp_path, quick, monkeypatch, given, optimizer):
     base = settings(shards, optim=OptimConfig(lr=1e-2, optimizer=optimizer))
     config = core(base, CoreOptions(relaxed=0.4, **given))
-    entered, use = {}, loop._use
+    entered, use = {}, loop.use
 
     def remember(model, optimizer, span):
         use(model, optimizer, span)
         named = {**dict(model.named_parameters()), **optimizer.state_dict()}
         entered.setdefault(span.first, {name: tensor.detach().clone() for name, tensor in named.items()})
 
-    monkeypatch.setattr(loop, "_use", remember)
+    monkeypatch.setattr(loop, "use", remember)
     straight = assert_goes_on_bitwise(config, tmp_path, (7, 8, 9) if not given else (8,))
 
     saved, begun = state_after(straight, 8)[0], entered[8]

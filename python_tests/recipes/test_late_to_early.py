@@ -32,6 +32,7 @@ from stackbert_kernels.recipes import baseline, late_to_early
 from stackbert_kernels.sweep import settings as sweep_settings
 from stackbert_kernels.sweep import work as working
 from stackbert_kernels.train import loop
+from stackbert_kernels.train import step as one_step
 from stackbert_kernels.train.budget import timing_of
 from stackbert_kernels.train.teacher import Pull, load_teacher
 
@@ -155,7 +156,7 @@ def test_the_teacher_computes_what_transformers_does(shards, teacher):
     twin = transformers.BertModel.from_pretrained(teacher, add_pooling_layer=False).eval()
     with torch.no_grad():
         theirs = twin(tokens.input_ids[None], token_type_ids=tokens.token_types[None]).last_hidden_state[0]
-    torch.testing.assert_close(loop._vectors(model, tokens), theirs, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(one_step.teacher_vectors(model, tokens), theirs, rtol=1e-5, atol=1e-5)
 
 
 def sample(lengths, seed=0):
@@ -186,7 +187,7 @@ def test_cutting_a_step_changes_nothing():
     whole, found = sample((9, 2, 24, 13)), []
     for parts in ([whole], parts_of(whole, 2)):
         model.zero_grad()
-        total, _, aligned = loop._backward(model, parts, 0, BASE, pull=Pull(other, 2, 0.7))
+        total, _, aligned = loop.backward(model, parts, 0, BASE, pull=Pull(other, 2, 0.7))
         gradients = [model.bank.grads.clone(), model.word.grad.clone(), model.projection.grad.clone()]
         found.append([total, aligned, *gradients])
     for one, two in zip(*found, strict=True):
@@ -202,7 +203,7 @@ def test_the_gradient_is_that_of_the_weighted_sum():
     for weight in (None, 1.0, 0.3):
         model.zero_grad()
         pull = None if weight is None else Pull(other, 2, weight)
-        loop._backward(model, [sample((9, 2, 24, 13))], 0, BASE, pull=pull)
+        loop.backward(model, [sample((9, 2, 24, 13))], 0, BASE, pull=pull)
         found[weight] = model.bank.grads.clone()
     added = found[1.0] - found[None]
     assert added[:2].abs().max() > 1e-3 and not added[2:].any()
@@ -267,7 +268,7 @@ def test_one_line_before_any_work(shards, teacher, tmp_path, capsys):
 def test_a_run_goes_on_bitwise(shards, teacher, tmp_path, quick, monkeypatch):
     """In both stages and between them. The teacher runs once a part until it stops, then never, and is freed; the projection learns, has
     moments, and goes with it; log and FLOPs know both."""
-    calls, alive, vectors = [], [], loop._vectors
+    calls, alive, vectors = [], [], one_step.teacher_vectors
 
     def counted(model, part):
         calls.append(part.tokens)
@@ -275,15 +276,15 @@ def test_a_run_goes_on_bitwise(shards, teacher, tmp_path, quick, monkeypatch):
         alive[:] = [weakref.ref(model)]
         return vectors(model, part)
 
-    monkeypatch.setattr(loop, "_vectors", counted)
-    evaluate = loop._evaluate
+    monkeypatch.setattr(one_step, "teacher_vectors", counted)
+    evaluate = loop.evaluate
 
     def evaluated(*arguments):
         freed.append(bool(alive) and alive[0]() is None)
         return evaluate(*arguments)
 
     freed: list[bool] = []
-    monkeypatch.setattr(loop, "_evaluate", evaluated)
+    monkeypatch.setattr(loop, "evaluate", evaluated)
     config = taught(shards, teacher, optim=OptimConfig(lr=1e-2, accumulate=2), eval_every=5)
     straight = assert_goes_on_bitwise(config, tmp_path, (5, 10, 11))
     assert freed[:4] == [False, False, True, True]  # after steps 5, 10, 15 and 20 of the straight run
@@ -343,7 +344,7 @@ def test_two_ranks_are_one_process_with_two_parts_bitwise(shards, teacher, tmp_p
 
 
 def test_without_weight_it_is_the_baseline_bit_for_bit(shards, teacher, tmp_path, quick, monkeypatch):
-    monkeypatch.setattr(loop, "_vectors", lambda *_: pytest.fail("the teacher runs"))
+    monkeypatch.setattr(one_step, "teacher_vectors", lambda *_: pytest.fail("the teacher runs"))
     config = taught(shards, teacher, Options(weight=0.0), checkpoint_every=20, eval_every=10)
     trained(config, tmp_path / "without")
     trained(baseline(replace(config, stages=(), teacher="")), tmp_path / "baseline")

@@ -78,14 +78,14 @@ def test_without_joint_training_the_last_growth_stage_ends_the_run():
 def test_the_embedding_is_tied_again_for_joint_training(shards, tmp_path, quick, retie):
     config = mslt(settings(shards), MsltOptions(stages=2, joint=0.2, embeddings="untie", retie=retie))
     assert [stage.retie for stage in config.stages] == ["decoder", "decoder", retie]
-    entered, use = {}, loop._use
+    entered, use = {}, loop.use
 
     def remember(model, optimizer, span):
         use(model, optimizer, span)
         entered[span.first] = model.word.detach().clone(), model.mlm.decoder
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loop, "_use", remember)
+        patch.setattr(loop, "use", remember)
         trained(config, tmp_path / "seen")
     before = state_after(tmp_path / "seen", 16)[0]["model"]
     word, decoder = before["word"], before["mlm.decoder"]

@@ -127,14 +127,14 @@ def test_a_run_doubles_its_layers_and_goes_on_bitwise(shards, tmp_path, quick, m
     assert [(s.steps, s.depth) for s in config.stages] == [(4, 1), (6, 2), (10, 4)]
     straight = assert_goes_on_bitwise(config, tmp_path, (3, 4, 5, 10, 11))
 
-    entered, use = {}, loop._use
+    entered, use = {}, loop.use
 
     def remember(model, optimizer, span):
         use(model, optimizer, span)
         always_on = {name: parameter.clone() for name, parameter in model.always_on_parameters().items()}
         entered[span.first] = model.bank.weights.clone(), always_on, optimizer.exp_avg.clone(), optimizer.steps.clone()
 
-    monkeypatch.setattr(loop, "_use", remember)
+    monkeypatch.setattr(loop, "use", remember)
     trained(config, tmp_path / "seen")
     for step, old in ((4, 1), (10, 2)):
         weights, others, exp_avg, counts = entered[step]
@@ -151,7 +151,7 @@ def test_the_loss_after_doubling_is_far_below_a_random_models(shards, tmp_path, 
     """Not the loss before: stacking keeps no function. Held-out text, the same batches every time."""
     config = stacking(settings(shards, steps=170, checkpoint_every=200, eval_every=200, keep=2, optim=OptimConfig(lr=3e-3)),
                       StackingOptions(start=2, stage_weights=(15, 2)))  # fmt: skip
-    held_out, entered, use = heldout(shards, config.data, "mlm", config.seed), [], loop._use
+    held_out, entered, use = heldout(shards, config.data, "mlm", config.seed), [], loop.use
 
     def remember(model, optimizer, span):
         use(model, optimizer, span)
@@ -160,7 +160,7 @@ def test_the_loss_after_doubling_is_far_below_a_random_models(shards, tmp_path, 
         )
         entered.append(loss / count)
 
-    monkeypatch.setattr(loop, "_use", remember)
+    monkeypatch.setattr(loop, "use", remember)
     trained(config, tmp_path / "run")
     before = next(event["eval_loss"] for event in log_of(tmp_path / "run") if event["event"] == "eval")
     random, after = entered

@@ -149,13 +149,13 @@ def test_a_cycle_goes_on_bitwise(shards, tmp_path, quick, monkeypatch, state):
     assert [(s.steps, s.depth) for s in config.stages] == [(6, 4), (8, 2), (6, 4)]
     straight = assert_goes_on_bitwise(config, tmp_path, (5, 6, 7, 13, 14, 15))
 
-    entered, use = {}, loop._use
+    entered, use = {}, loop.use
 
     def remember(model, optimizer, span):
         use(model, optimizer, span)
         entered[span.first] = weights(model), {name: t.clone() for name, t in optimizer.state_dict().items()}
 
-    monkeypatch.setattr(loop, "_use", remember)
+    monkeypatch.setattr(loop, "use", remember)
     trained(config, tmp_path / "seen")
     (large, _), (small, _) = (
         tensors_after(straight, step, config, s) for step, s in zip((6, 14), config.stages[:2], strict=True)

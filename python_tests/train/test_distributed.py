@@ -37,7 +37,7 @@ from stackbert_kernels.recipes import (
     share_then_unshare,
     stacking,
 )
-from stackbert_kernels.train import checkpoint, distributed, loop
+from stackbert_kernels.train import checkpoint, distributed, loop, machine
 from stackbert_kernels.train.distributed import ALONE, Ranks, row_buckets
 from stackbert_kernels.train.run_directory import read_metrics
 from stackbert_kernels.train.torchrun import DistributedError, Place, place
@@ -79,7 +79,7 @@ RECIPES = {
 def watched_run(config, out):
     """Trains; after each step every parameter, moment and count is compared with rank 0's, bit by bit. Returns the largest difference, and the
     bytes of gradients that each step summed."""
-    step, reduce = loop._step, dist.all_reduce
+    step, reduce = loop.take_step, dist.all_reduce
     differences, bytes_of = [0.0], []
 
     def counted(tensor, *arguments, **keywords):
@@ -99,7 +99,7 @@ def watched_run(config, out):
         differences[0] = max(differences[0], (own - first).abs().max().item())
         return result
 
-    loop._step, dist.all_reduce = compared, counted
+    loop.take_step, dist.all_reduce = compared, counted
     result = loop.train(config, out, progress=False)
     return result["status"], differences[0], bytes_of
 
@@ -226,7 +226,7 @@ def step_gradients(config, data):
 def _first_step(config, data, those):
     batches = Batches(data, config.data, "mlm", config.seed, rank=those.rank, world_size=those.size)
     model = Bert(replace(config.model, vocab_size=batches.vocab_size), seed=config.seed)
-    total, tokens, _ = loop._backward(model, batches.parts(0, config.optim.accumulate), 0, config, None, those)
+    total, tokens, _ = loop.backward(model, batches.parts(0, config.optim.accumulate), 0, config, None, those)
     return (
         float(total),
         tokens,
@@ -289,7 +289,7 @@ def test_the_curve_does_not_hang_on_the_number_of_ranks(shards, tmp_path, quick)
 
 def recording_run(config, out, stop_at=None):
     """Trains and returns the result with {step: ids of this rank's samples}; at `stop_at`, the last rank receives a SIGTERM."""
-    step, seen = loop._step, {}
+    step, seen = loop.take_step, {}
 
     def noted(model, optimizer, parts, number, *others):
         seen[number] = [i for part in parts for i in part.sample_ids.tolist()]
@@ -297,7 +297,7 @@ def recording_run(config, out, stop_at=None):
             os.kill(os.getpid(), signal.SIGTERM)
         return step(model, optimizer, parts, number, *others)
 
-    loop._step = noted
+    loop.take_step = noted
     return loop.train(config, out, progress=False), seen
 
 
@@ -331,7 +331,7 @@ def test_a_run_goes_on_with_another_number_of_ranks(shards, tmp_path, quick):
 def run_with_a_bad_loss(config, out):
     """On rank 1 alone, the loss of step 3 is not finite."""
     evaluate = Bert._mlm_loss
-    step, skips = loop._step, []
+    step, skips = loop.take_step, []
 
     def noted(*arguments):
         number = arguments[3]
@@ -339,7 +339,7 @@ def run_with_a_bad_loss(config, out):
         skips.append(step(*arguments)[2])
         return math.nan, 0.0, skips[-1], 0, None
 
-    loop._step = noted
+    loop.take_step = noted
     loop.train(config, out, progress=False)
     return skips
 
@@ -354,7 +354,7 @@ def test_a_step_that_is_bad_on_one_rank_is_skipped_on_all(shards, tmp_path):
 
 def failing_run(config, out, how):
     """Fails after step 4, once."""
-    step = loop._step
+    step = loop.take_step
 
     def fails(model, optimizer, parts, number, *others):
         if number == 4 and not (out / "failed").exists() and os.environ["RANK"] == "1":
@@ -364,7 +364,7 @@ def failing_run(config, out, how):
             raise RuntimeError("a broken wire\nin the machine")
         return step(model, optimizer, parts, number, *others)
 
-    loop._step = fails
+    loop.take_step = fails
     return loop.train(config, out, progress=False)
 
 
@@ -455,7 +455,11 @@ def test_bad_ranks_are_refused_in_one_line(shards, tmp_path, monkeypatch, capsys
 def test_each_rank_has_a_gpu_of_its_own(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    assert [str(loop._device(d, Place(3, 4, 1, 2))) for d in ("auto", "cuda", "cpu")] == ["cuda:1", "cuda:1", "cpu"]
+    assert [str(machine.device_of(d, Place(3, 4, 1, 2))) for d in ("auto", "cuda", "cpu")] == [
+        "cuda:1",
+        "cuda:1",
+        "cpu",
+    ]
     message = "3 ranks on a machine need as many CUDA devices, torch sees 2: --nproc-per-node 2, or --device cpu"
     for where, error in (
         (Place(0, 6, 0, 3), ConfigError),
@@ -463,7 +467,7 @@ def test_each_rank_has_a_gpu_of_its_own(monkeypatch):
         (Place(3, 6, 0, 3), DistributedError),
     ):
         with pytest.raises(error, match=message):
-            loop._device("auto", where)
+            machine.device_of("auto", where)
 
 
 def test_one_rank_speaks(shards, tmp_path, monkeypatch, capsys):

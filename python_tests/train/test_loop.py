@@ -193,8 +193,8 @@ def test_grown_layers_begin_as_copies(shards, tmp_path, quick, monkeypatch):
         use(model, optimizer, span)
         seen.append((span.index, model.bank.weights.clone(), optimizer.exp_avg.clone(), optimizer.steps.clone()))
 
-    use = loop._use
-    monkeypatch.setattr(loop, "_use", remember)
+    use = loop.use
+    monkeypatch.setattr(loop, "use", remember)
     trained(two_stages(shards), tmp_path / "run")
     _, weights, exp_avg, steps = seen[1]
     assert torch.equal(weights[2:], weights[:2])
@@ -310,7 +310,7 @@ def test_a_signal_saves_and_exits_well(shards, tmp_path, quick, children, number
 
 
 def test_a_stop_says_how_to_go_on(shards, tmp_path, quick, monkeypatch):
-    step = loop._step
+    step = loop.take_step
 
     def interrupted(model, optimizer, parts, number, *others):
         if number == 4:
@@ -318,7 +318,7 @@ def test_a_stop_says_how_to_go_on(shards, tmp_path, quick, monkeypatch):
         return step(model, optimizer, parts, number, *others)
 
     before = signal.getsignal(signal.SIGTERM)
-    monkeypatch.setattr(loop, "_step", interrupted)
+    monkeypatch.setattr(loop, "take_step", interrupted)
     result = trained(two_stages(shards, checkpoint_every=100), tmp_path / "run")
     assert result["status"] == "stopped" and result["step"] == 5
     assert "stopped by SIGTERM after step 5 of 20, saved in" in result["message"]

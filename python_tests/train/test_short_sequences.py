@@ -199,9 +199,9 @@ def test_a_run_goes_on_bitwise_over_the_change(shards, tmp_path, quick, objectiv
 def test_a_stages_time_is_the_mean_over_its_lengths():
     config = mslt(TrainConfig(data=BERT.data, steps=1000))
     state = loop.State(stage_seconds=[[1.0], [1.0, 3.0, 2.0], [4.0], [5.0], [1.0], [9.0, 8.0, 7.0]])
-    assert loop._stage_seconds(state, config) == [1.0, 2.0, 4.0, 5.0, (60 * 1.0 + 100 * 8.0) / 160]
-    assert loop._stage_seconds(loop.State(stage_seconds=state.stage_seconds[:2]), config) == [1.0, 2.0]
-    assert loop._stage_seconds(loop.State(stage_seconds=state.stage_seconds[:5]), config)[-1] == 1.0
+    assert loop.stage_seconds(state, config) == [1.0, 2.0, 4.0, 5.0, (60 * 1.0 + 100 * 8.0) / 160]
+    assert loop.stage_seconds(loop.State(stage_seconds=state.stage_seconds[:2]), config) == [1.0, 2.0]
+    assert loop.stage_seconds(loop.State(stage_seconds=state.stage_seconds[:5]), config)[-1] == 1.0
 
 
 @pytest.mark.parametrize("recipe", [name for name in RECIPES if name not in NEED_SOURCE + NEED_TEACHER])
