@@ -112,3 +112,15 @@ def test_bad_use_is_one_line(text, capsys):
     broken.write_text("no archive")
     code = main(["sweep", str(text), "--preset", "pretend", "--out", str(text.parent / "out"), "--state", str(broken)])
     assert code == 2 and "--state" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("kind", ["leads out", "absolute", "link"])
+def test_a_state_that_would_write_elsewhere_is_refused(text, capsys, kind):
+    state, aim = text.parent / "state.tar.gz", text.parent / "elsewhere"
+    with tarfile.open(state, "w:gz") as archive:
+        member = tarfile.TarInfo({"leads out": "../elsewhere", "absolute": str(aim), "link": "sweep.json"}[kind])
+        if kind == "link":
+            member.type, member.linkname = tarfile.SYMTYPE, str(text)
+        archive.addfile(member)
+    code = main(["sweep", str(text), "--preset", "pretend", "--out", str(text.parent / "out"), "--state", str(state)])
+    assert code == 2 and "is no file of a sweep" in capsys.readouterr().err and not aim.exists()
