@@ -81,7 +81,7 @@ def perform(work: Work, *, progress: bool = False) -> dict:
         return _timed(work, train)
     except (ConfigError, CheckpointError) as error:
         return {"status": "refused", "message": str(error)}
-    except Exception as error:
+    except Exception as error:  # what breaks one run is told, and the others go on
         traceback.print_exc()
         return {"status": "crashed", "message": f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"}
 
