@@ -310,6 +310,19 @@ def test_dry_run_of_every_recipe(text, capsys, recipe):
         assert code == 0 and out.startswith("stage ") and "predicted speed-up" in out and err == ""
 
 
+@pytest.mark.parametrize(
+    ("recipe", "wanted"),
+    [
+        ("progressive_layer_dropping", "set by progressive_layer_dropping: norm: 'post' -> 'pre', scaled_init: False -> True"),
+        ("progressive_layer_dropping --norm pre --scaled-init", None),
+        ("mslt", None),
+    ],
+)  # fmt: skip
+def test_dry_run_says_what_else_the_recipe_sets(text, capsys, recipe, wanted):
+    _, out, _ = run(f"pretrain text.txt --out run --recipe {recipe} --dry-run", capsys)
+    assert [line for line in out.splitlines() if line.startswith("set by")] == ([wanted] if wanted else [])
+
+
 def test_dry_run_prints_the_cost_and_writes_nothing(text, capsys):
     before = sorted(os.listdir(text))
     code, out, _ = run(f"pretrain text.txt --out run {SMALL} --steps 50 --dry-run", capsys)

@@ -32,6 +32,7 @@ from stackbert_kernels.config import (
     Stage,
     TeacherShape,
     TrainConfig,
+    differences,
     to_dict,
 )
 from stackbert_kernels.plan import cost_table, plan, span_cost
@@ -133,17 +134,29 @@ class Pretrain(TrainConfig):
     def __post_init__(self):
         """Checked by `config`: the recipe may make the stages that these settings need."""
 
-    def config(self) -> TrainConfig:
-        """The configuration that these options name, with the recipe's stages."""
+    def base(self) -> TrainConfig:
+        """What these options say, before the recipe makes its stages of it."""
         settings = {f.name: getattr(self, f.name) for f in fields(TrainConfig)}
         settings |= {"model": _plain(self.model, ModelConfig), "data": _plain(self.data, DataConfig)}
+        return TrainConfig(**settings)
+
+    def config(self) -> TrainConfig:
+        """The configuration that these options name, with the recipe's stages."""
         for name, (_, options) in RECIPES.items():
             if name != self.recipe and getattr(self, name, options()) != options():
                 raise ConfigError(
                     f"--{name.replace('_', '-')} options need --recipe {name}, got --recipe {self.recipe}"
                 )
         recipe, options = RECIPES[self.recipe]
-        return recipe(TrainConfig(**settings), getattr(self, self.recipe, options()))
+        return recipe(self.base(), getattr(self, self.recipe, options()))
+
+    def outline(self, config: TrainConfig) -> str:
+        """Stages and cost of `config`, and what else the recipe has set."""
+        lines = [cost_table(config)]
+        changed = differences(self.base(), self.config(), leaving=("stages", "recipe"))
+        if changed:
+            lines.append(f"set by {self.recipe}: {', '.join(changed)}")
+        return "\n".join(lines)
 
 
 @dataclass(frozen=True)
@@ -442,7 +455,7 @@ def _pretrain(command: Pretrain) -> int:
             costs = [span_cost(span) for span in plan(config)]
             _print({"config": to_dict(config), "relative_step_cost": costs})
         else:
-            print(cost_table(config))
+            print(command.outline(config))
         return DONE
     if config.device not in ("auto", "cpu") or config.impl != "auto":
         check(config, command.out, fresh=command.fresh)
@@ -455,11 +468,11 @@ def _pretrain(command: Pretrain) -> int:
         with together(config) as ranks:
             run = ranks.open(config, command.out, fresh=command.fresh)
             if ranks.rank == 0:
-                _announce(run)
+                _announce(run, command)
             result = execute(run, ranks=ranks)
     else:
         run = open_run(config, command.out, fresh=command.fresh, progress=True)
-        _announce(run)
+        _announce(run, command)
 
         from stackbert_kernels.train.loop import execute
 
@@ -473,9 +486,9 @@ def _pretrain(command: Pretrain) -> int:
     return FAILED if result["status"] == "failed" else DONE
 
 
-def _announce(run: Run) -> None:
+def _announce(run: Run, command: Pretrain) -> None:
     if not run.finished:
-        print(cost_table(run.config), file=sys.stderr)
+        print(command.outline(run.config), file=sys.stderr)
 
 
 def summary(config: TrainConfig, result: dict) -> str:

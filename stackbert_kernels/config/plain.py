@@ -63,11 +63,11 @@ def _read(wanted, value, where: str):
     return value
 
 
-def differences(old: TrainConfig, new: TrainConfig) -> list[str]:
-    """What keeps a run made with `old` from being continued with `new`: "lr: 0.001 -> 0.002", empty if nothing does."""
+def differences(old: TrainConfig, new: TrainConfig, leaving: tuple[str, ...] = MAY_CHANGE_ON_RESUME) -> list[str]:
+    """What keeps a run made with `old` from being continued with `new`: "lr: 0.001 -> 0.002", empty if nothing does. Fields in `leaving` may differ."""
     found: list[str] = []
     for f in fields(old):
-        if f.name not in MAY_CHANGE_ON_RESUME:
+        if f.name not in leaving:
             _compare(f.name, getattr(old, f.name), getattr(new, f.name), found)
     return found
 
