@@ -10,7 +10,10 @@ import pytest
 import torch
 
 from stackbert_kernels import __version__
-from stackbert_kernels.cli import Pretrain, _one_line, _parse, main
+from stackbert_kernels.cli import main
+from stackbert_kernels.cli.arguments import one_line, parse
+from stackbert_kernels.cli.commands import COMMANDS
+from stackbert_kernels.cli.options import Doctor, Pretrain
 from stackbert_kernels.config import ConfigError, DataConfig, ModelConfig, OptimConfig, TrainConfig
 from stackbert_kernels.recipes import NEED_SOURCE, NEED_TEACHER, RECIPES, MsltOptions, baseline, mslt
 
@@ -257,7 +260,7 @@ def test_every_field_of_the_configuration_is_an_option(capsys):
 
 
 def test_options_become_the_configuration():
-    command = _parse(
+    command = parse(
         f"pretrain a.txt b.txt --out run {SMALL} --steps 40 --lr 3e-3 --no-lowercase --mslt.joint 0.3".split()
     )
     assert isinstance(command, Pretrain)
@@ -268,7 +271,7 @@ def test_options_become_the_configuration():
     base = TrainConfig(model=model, data=data, optim=OptimConfig(lr=3e-3), steps=40)
     assert command.config() == mslt(base, MsltOptions(stages=2, joint=0.3))
     assert type(command.config()) is TrainConfig and type(command.config().data) is DataConfig
-    command = _parse(
+    command = parse(
         [
             "pretrain",
             "a.txt",
@@ -295,7 +298,7 @@ def test_a_box_of_tyro_becomes_one_line():
         "╭─ Unrecognized options ─────╮\n│ Unrecognized options: --a, │\n│ 4                          │\n│ ────────── │\n"
         "│ Perhaps you meant:         │\n│     --ab INT               │\n╰────╯\n"
     )
-    assert _one_line(page) == "Unrecognized options: --a, 4; did you mean --ab?"
+    assert one_line(page) == "Unrecognized options: --a, 4; did you mean --ab?"
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
@@ -381,16 +384,14 @@ def test_prepare_pretrain_verify_grow(text, capsys):
 
 
 def test_a_configuration_error_is_no_traceback(monkeypatch, capsys):
-    import stackbert_kernels.cli as cli
-
     def fails(command):
         raise ConfigError("two\nlines")
 
-    monkeypatch.setitem(cli.COMMANDS, cli.Doctor, fails)
+    monkeypatch.setitem(COMMANDS, Doctor, fails)
     assert run("doctor", capsys) == (2, "", "stackbert: two lines\n")
 
     def full(command):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setitem(cli.COMMANDS, cli.Doctor, full)
+    monkeypatch.setitem(COMMANDS, Doctor, full)
     assert run("doctor", capsys)[0] == 1

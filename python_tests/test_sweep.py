@@ -15,7 +15,8 @@ import pytest
 
 import stackbert_kernels
 from stackbert_kernels import sweep as sweeps
-from stackbert_kernels.cli import _parse, main
+from stackbert_kernels.cli import main
+from stackbert_kernels.cli.arguments import parse
 from stackbert_kernels.config import ConfigError, DataConfig, ModelConfig, OptimConfig, TrainConfig
 from stackbert_kernels.recipes import RECIPES, AlbertOptions, MsltOptions
 from stackbert_kernels.sweep import Sweep, making
@@ -273,7 +274,7 @@ def test_dry_run_as_json(folder, capsys):
 
 
 def test_options_reach_the_runs():
-    command = _parse([*LINE.split(), "--mslt.joint", "0.5", "--warmup-share", "0.1", "--seed", "5"])
+    command = parse([*LINE.split(), "--mslt.joint", "0.5", "--warmup-share", "0.1", "--seed", "5"])
     base = command.base()
     assert type(base) is TrainConfig and type(base.optim) is OptimConfig and base.seed == 5 and base.model.hidden == 16
     assert command.rates(["baseline", "mslt"]) == {"baseline": 1e-3, "mslt": 2e-3}
