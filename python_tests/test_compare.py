@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import sys
@@ -12,7 +13,7 @@ import pytest
 
 from stackbert_kernels.cli import main
 from stackbert_kernels.compare.comparison import compare, loss_at, spent_to
-from stackbert_kernels.compare.figure import draw
+from stackbert_kernels.compare.figure import draw, spread
 from stackbert_kernels.compare.runs import Run, Source, Spent, _named, read_run
 from stackbert_kernels.compare.table import text
 from stackbert_kernels.config import ConfigError, DataConfig, ModelConfig, OptimConfig, Stage, TrainConfig, to_dict
@@ -419,6 +420,22 @@ def test_the_command(tmp_path, capsys):
     stored = json.loads((tmp_path / "out" / "compare.json").read_text())
     assert stored == json.loads(json.dumps(compare([folder])))
     assert (tmp_path / "out" / "compare.png").read_bytes() == draw(stored)  # the JSON has all that the figure shows
+
+
+def test_names_beside_the_figure_keep_their_order_and_never_overlap():
+    for heights in ([0.5], [0.1, 0.9], [0.3, 0.3, 0.3], [0.1, 0.12, 0.13, 0.5, 0.52, 0.9]):
+        moved = spread(heights, 0.05)
+        assert all(b - a > 0.05 - 1e-9 for a, b in itertools.pairwise(moved))
+        assert sum(moved) == pytest.approx(sum(heights))  # a group stays centred
+    assert spread([0.1, 0.9], 0.05) == [0.1, 0.9]
+    assert spread([0.3, 0.31, 0.335], 0.02) == pytest.approx([0.295, 0.315, 0.335])
+
+
+def test_what_most_methods_share_is_said_shortly(tmp_path):
+    """Of four methods, three have one rate: they are the others."""
+    for i, name in enumerate(("baseline", "mslt", "stacking", "core")):
+        write_run(tmp_path / name, replace(BASE, recipe=name, optim=replace(BASE.optim, lr=2e-3 if i == 1 else 1e-3)))
+    assert "! different lr: 0.002 (mslt), 0.001 (the others)" in text(compare([tmp_path]))
 
 
 def test_without_matplotlib(tmp_path, capsys, monkeypatch):

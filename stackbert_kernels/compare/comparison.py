@@ -393,6 +393,11 @@ def _differing(what: str, values: dict[str, object], notes: list[str]) -> None:
         by_value: dict[str, list[str]] = {}
         for name, value in values.items():
             by_value.setdefault(_short(value), []).append(name)
+        most = max(by_value.values(), key=len)
+        if len(most) > len(values) / 2 and len(most) > 2:  # said last, and shortly
+            by_value = {v: names for v, names in by_value.items() if names is not most} | {
+                next(v for v, names in by_value.items() if names is most): ["the others"]
+            }
         said = ", ".join(f"{value} ({', '.join(names)})" for value, names in by_value.items())
         notes.append(f"different {what.rpartition('.')[2]}: {said}")
 
