@@ -7,6 +7,7 @@ import os
 import random
 import shutil
 import signal
+from dataclasses import replace
 
 import pytest
 
@@ -90,12 +91,16 @@ def test_each_method_runs_at_its_best_rate(folder, monkeypatch, capsys):
     tuned = recorded(folder)["tuning"]
     losses = {trial["lr"]: trial["loss"] for trial in tuned["baseline"]["tried"]}
     assert list(tuned) == ["baseline"] and losses[1e30] is None and losses[1e-2] < losses[1e-3]
-    assert tuned["baseline"]["lr"] == 1e-2 and "baseline: rate 0.01\n" in err
+    assert (
+        tuned["baseline"]["lr"] == 1e-2 and "baseline: rate 0.01, but at none did it get below the loss without" in err
+    )
     assert tuned["baseline"]["tried"][0]["steps"] == 25 and tuned["baseline"]["seconds"] == pytest.approx(6.0)
     assert not any((folder / "out" / "tuning" / "baseline-lr0.01" / part).exists() for part in ("checkpoints", "model"))
     rates = {m: max(e["lr"] for e in read_metrics(folder / "out" / f"{m}-seed0" / "metrics.jsonl") if e["event"] == "step") for m in ("baseline", "mslt")}  # fmt: skip
     assert rates["baseline"] == 1e-2 and 1e-3 < rates["mslt"] <= 2e-3
     assert "! baseline: diverged at rate 1e+30 when it was tuned" in out and "  rate  " in out
+    assert "! baseline: no trial of a rate got below the loss without context, so its rate 0.01 says little" in out
+    assert all(trial["loss"] > trial["unigram"] > 0 for trial in tuned["baseline"]["tried"] if trial["loss"])
     compared = {m["name"]: m for m in json.loads((folder / "out" / "compare.json").read_text())["methods"]}
     assert compared["baseline"]["tuning"]["tried"] == tuned["baseline"]["tried"] and compared["mslt"]["tuning"] is None
     assert (compared["baseline"]["lr"], compared["mslt"]["lr"]) == (1e-2, 2e-3)
@@ -158,6 +163,11 @@ def test_the_best_rate_and_the_edge_of_what_was_tried():
     assert (
         tuned(None, None).lr == 1.0 and at_edge(tuned(None, None)) == ", the lowest of those tried, which all diverged"
     )
+    stuck = Tuned((1.0, 2.0, 4.0), 60.0, 0)
+    for rate, loss in ((1.0, 6.43), (2.0, 6.4), (4.0, None)):
+        stuck = stuck.with_trial(Trial(rate, 100, loss, 60.0, 6.4))
+    assert stuck.lr == 2.0 and "at none did it get below the loss without context" in at_edge(stuck)
+    assert at_edge(replace(stuck, tried=(*stuck.tried[1:], Trial(1.0, 100, 6.39, 60.0, 6.4)))) == ""
 
 
 def test_a_source_is_part_of_the_run(folder, monkeypatch, capsys):

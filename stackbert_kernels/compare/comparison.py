@@ -417,6 +417,12 @@ def _tuning_notes(method: Method) -> list[str]:
     lr, notes = method.runs[0].config.optim.lr, []
     if diverged := [_short(trial["lr"]) for trial in tuning["tried"] if trial["loss"] is None]:
         notes.append(f"{method.name}: diverged at rate {', '.join(diverged)} when it was tuned")
+    known = [(trial["loss"], trial.get("unigram")) for trial in tuning["tried"] if trial["loss"] is not None]
+    if known and all(unigram is not None and loss >= unigram for loss, unigram in known):
+        notes.append(
+            f"{method.name}: no trial of a rate got below the loss without context, so its rate {_short(lr)} says little"
+        )
+        return notes
     for edge, word in ((min, "lowest"), (max, "highest")):
         if len(tuning["rates"]) > 1 and lr == edge(tuning["rates"]):
             notes.append(f"{method.name}: its rate {_short(lr)} is the {word} of those tried")

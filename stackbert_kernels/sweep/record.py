@@ -33,6 +33,13 @@ class Trial:
     loss: float | None
     """Held out, at its end; None where the run diverged."""
     seconds: float | None
+    unigram: float | None = None
+    """The loss without context on the same text; None in a sweep that noted none."""
+
+    @property
+    def learned(self) -> bool:
+        """Whether it got below the loss without context."""
+        return self.loss is not None and (self.unigram is None or self.loss < self.unigram)
 
 
 @dataclass(frozen=True)

@@ -87,6 +87,8 @@ def at_edge(tuned: Tuned) -> str:
     """What keeps the best rate from being the best there is."""
     if all(trial.loss is None for trial in tuned.tried):
         return ", the lowest of those tried, which all diverged"
+    if not any(trial.learned for trial in tuned.tried):
+        return ", but at none did it get below the loss without context: longer trials (--tune-minutes) may tell them apart"
     for edge, word in ((min, "lowest"), (max, "highest")):
         if len(tuned.rates) > 1 and tuned.lr == edge(tuned.rates):
             return f", the {word} of those tried: a {word.replace('est', 'er')} one may be better"
@@ -98,4 +100,5 @@ def _trial(rate: float, work: Work) -> Trial:
     end = next((event for event in reversed(events) if event["event"] == "end"), None)
     loss = end.get("eval_loss") if end else None
     seconds = events[-1]["seconds"] if events else None
-    return Trial(rate, work.config.steps, loss if loss is not None and math.isfinite(loss) else None, seconds)
+    loss = loss if loss is not None and math.isfinite(loss) else None
+    return Trial(rate, work.config.steps, loss, seconds, end.get("unigram_loss") if end else None)
