@@ -51,6 +51,13 @@ def test_options_replace_what_the_preset_says(text):
     assert sweep.tune == (1e-2,) and sweep.rates == {"mslt": 3e-3} and sweep.options == {}
     assert (sweep.base.seed, sweep.base.threads, sweep.base.model) == (7, 3, PRESETS["cpu"].config.model)
 
+    def rates(line: str) -> dict[str, float]:
+        return bench_sweep.sweep_of(bench_sweep.parser("sweep").parse_args(line.split()), PRESETS["cpu"]).rates
+
+    known = PRESETS["cpu"].rates["albert"]
+    assert rates(f"{text} --out out --lr mslt=3e-3") == {"mslt": 3e-3, "albert": known}
+    assert rates(f"{text} --out out --lr albert=3e-3") == {"albert": 3e-3} != {"albert": known}
+
 
 def test_pieces_on_machines_that_are_given_back(text, monkeypatch, capsys):
     """The first piece has only time to tune; the second makes the runs in an empty folder, without the text; the third finds all done, and
