@@ -15,7 +15,9 @@ import re
 import subprocess
 import sys
 import tempfile
+from concurrent.futures import ProcessPoolExecutor
 from importlib import import_module
+from multiprocessing import get_context
 from pathlib import Path
 
 import stackbert_kernels
@@ -99,12 +101,19 @@ def _disassembled(cubin: bytes) -> tuple[str, str]:
 
 
 def table(ops: list[str], architectures: list[int]) -> list[dict[str, object]]:
-    """Compiles in this process, which must not have been started with TRITON_INTERPRET."""
-    rows = []
-    for stem in ops:
-        module = import_module(f"stackbert_kernels.ops.{stem}.triton_kernel")
-        rows += [compiled(c, arch) for arch in architectures for c in module.compilations(arch)]
-    return rows
+    """Compiles in processes of their own, one a core. This one must not have been started with TRITON_INTERPRET."""
+    kernels = [(stem, arch, i) for stem in ops for arch in architectures for i in range(len(_compilations(stem, arch)))]
+    with ProcessPoolExecutor(max_workers=os.cpu_count(), mp_context=get_context("spawn")) as pool:
+        return list(pool.map(_row, *zip(*kernels, strict=True)))
+
+
+def _row(stem: str, arch: int, i: int) -> dict[str, object]:
+    """By name, since a kernel cannot be handed to another process."""
+    return compiled(_compilations(stem, arch)[i], arch)
+
+
+def _compilations(stem: str, arch: int) -> list:
+    return import_module(f"stackbert_kernels.ops.{stem}.triton_kernel").compilations(arch)
 
 
 def result(ops: list[str], rows: list[dict[str, object]]) -> dict[str, object]:
