@@ -395,3 +395,19 @@ def test_a_configuration_error_is_no_traceback(monkeypatch, capsys):
 
     monkeypatch.setitem(COMMANDS, Doctor, full)
     assert run("doctor", capsys)[0] == 1
+
+
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+@pytest.mark.parametrize("line", ["pretrain --help", "doctor"])
+def test_a_reader_that_has_enough_is_no_error(line, unbuffered):
+    """As in `stackbert pretrain --help | head -1`."""
+    read, write = os.pipe()
+    os.close(read)
+    try:
+        done = subprocess.run(
+            [sys.executable, "-m", "stackbert_kernels", *line.split()], stdout=write, stderr=subprocess.PIPE, text=True,
+            env={**os.environ, "PYTHONUNBUFFERED": unbuffered},
+        )  # fmt: skip
+    finally:
+        os.close(write)
+    assert (done.returncode, done.stderr) == (1, "")

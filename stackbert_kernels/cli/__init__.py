@@ -5,6 +5,8 @@ Exit codes: 0 done, 1 failed, 2 bad arguments (one line on stderr, before any wo
 
 from __future__ import annotations
 
+import os
+import select
 import sys
 from collections.abc import Callable
 from importlib import import_module
@@ -30,13 +32,27 @@ def main(arguments: list[str] | None = None) -> int:
         if arguments[:1] == ["bench"]:
             return _benchmarks()(arguments[1:], prog="stackbert bench")
         command = parse(arguments)
-        return COMMANDS[type(command)](command)
+        code = COMMANDS[type(command)](command)
+        sys.stdout.flush()
+        return code
     except ConfigError as error:
         return complain(error, BAD_ARGUMENTS) if speaks() else BAD_ARGUMENTS
     except (CheckpointError, DistributedError, OSError) as error:
+        if isinstance(error, BrokenPipeError) and _nobody_reads():
+            return FAILED
         return complain(error if speaks() else f"rank {place().rank}: {error}", FAILED)
     except KeyboardInterrupt:
         return complain("interrupted", FAILED)
+
+
+def _nobody_reads() -> bool:
+    """Whether standard output is a pipe that was closed at its other end, as `| head` does once it has what it wants."""
+    ends = select.poll()
+    ends.register(sys.stdout.fileno(), 0)
+    if not any(event & select.POLLERR for _, event in ends.poll(0)):
+        return False
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is still buffered has somewhere to go at exit
+    return True
 
 
 def _benchmarks() -> Callable[..., int]:
