@@ -6,7 +6,7 @@ Contenders, one after another on the whole machine: the loop that people write a
 batches), our baseline, and MSLT, or the recipes that --contenders names. Each is timed for a few steps first, every stage of a recipe by itself; from that follows how many
 steps fit into the budget, and the learning rate's warm-up and decay (the same shape for all) are laid over these steps, so that the
 schedule ends with the budget. Seconds are those of training: waiting for batches and growth are in them, evaluation, saving and the short timing
-are not. FLOPs are the matrix products that each executes: for ours by plan.py's model; transformers also computes padding and all logits.
+are not. FLOPs are the matrix products that each executes: for ours by plan/'s model; transformers also computes padding and all logits.
 
 Without TEXT, the documentation of this machine's Python is the text (nothing is downloaded). A GPU reads it dozens of times in a few minutes:
 for a comparison that means something there, give a larger TEXT.

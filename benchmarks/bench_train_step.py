@@ -10,7 +10,7 @@ Nothing wrong is timed: without dropout, loss and gradient norm must be those of
 is missing), and again in the dtype that is timed. The compiled model, which would have to be compiled a second time for that, must instead give
 the loss of the uncompiled one up to what dropout explains. Who fails is named.
 
-Real tokens are counted. MFU: the matrix products that the step needs (plan.py's model: logits and last layer only where something is
+Real tokens are counted. MFU: the matrix products that the step needs (plan/'s model: logits and last layer only where something is
 predicted) a second, over those of a large matrix product measured in the same rounds; it divides every candidate by the same work. MFU 6N counts as
 Megatron-LM does (arXiv 2104.04473): 6 FLOPs a parameter and token, all logits, and attention.
 """

@@ -1,7 +1,7 @@
 """The last phase: a short training run on the documentation of this machine's Python.
 
 Three things are shown. Two runs of one seed, on the CPU and on the GPU, have the same losses up to rounding: same batches, same masks. A
-run by MSLT learns. And each of its stages costs what plan.py predicts.
+run by MSLT learns. And each of its stages costs what plan/ predicts.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The loop: it executes what plan.py decided, saves what a restart needs, and logs what happened.
+"""The loop: it executes what plan/ decided, saves what a restart needs, and logs what happened.
 
 Everything that is random is a pure function of the seed and the step (batches, masks, dropout, new layers), so the state of a run is
 its parameters, the optimizer's moments and a few numbers; going on from it is bitwise the same as never having stopped.
