@@ -103,7 +103,8 @@ def _disassembled(cubin: bytes) -> tuple[str, str]:
 def table(ops: list[str], architectures: list[int]) -> list[dict[str, object]]:
     """Compiles in processes of their own, one a core. This one must not have been started with TRITON_INTERPRET."""
     kernels = [(stem, arch, i) for stem in ops for arch in architectures for i in range(len(_compilations(stem, arch)))]
-    with ProcessPoolExecutor(max_workers=os.cpu_count(), mp_context=get_context("spawn")) as pool:
+    workers = min(os.cpu_count() or 1, len(kernels))
+    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
         return list(pool.map(_row, *zip(*kernels, strict=True)))
 
 

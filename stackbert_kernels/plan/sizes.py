@@ -1,4 +1,7 @@
-"""How many parameters there are, and which of them a stage updates."""
+"""How many parameters there are, and which of them a stage updates.
+
+C hidden, E width of the embeddings, I inner (hence the noqa: the field's letter), V vocabulary, r rank.
+"""
 
 from __future__ import annotations
 
