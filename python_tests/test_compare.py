@@ -457,6 +457,8 @@ def test_without_matplotlib(tmp_path, capsys, monkeypatch):
         (["run", "run/."], "is named twice"),
         (["run", "--baseline", "fast"], "baseline must be one of the runs or one of the methods baseline, got 'fast'"),
         (["begun"], "compare: begun has no evaluation with a finite loss yet"),
+        (["run", "begun"], "compare: begun has no evaluation with a finite loss yet"),
+        (["folder"], "compare: no run has an evaluation with a finite loss yet (2 begun)"),
         (["broken"], "compare: broken holds no run that can be read: "),
         (["run", "--flops", "b3"], "'b3'"),
         (["run", "--out", "run/config.json"], "cannot be written"),
@@ -466,10 +468,21 @@ def test_bad_use_is_one_line(tmp_path, monkeypatch, capsys, arguments, message):
     monkeypatch.chdir(tmp_path)
     write_run(Path("run"))
     write_run(Path("begun"), last=0)
+    write_run(Path("folder/a"), last=0)
+    write_run(Path("folder/b"), last=0)
     (write_run(Path("broken")) / "config.json").write_text("{}}")
     code, out, err = run_main(["compare", *arguments], capsys)
     assert code == 2 and out == "" and err.startswith("stackbert: ") and err.count("\n") == 1
     assert message in err
+
+
+def test_a_run_of_a_folder_that_has_just_begun_is_left_out(tmp_path, capsys):
+    """A sweep can be looked at while it goes on."""
+    seeds(tmp_path / "runs" / "base")
+    write_run(tmp_path / "runs" / "begun", GROWN, last=0)
+    code, out, err = run_main(["compare", tmp_path / "runs"], capsys)
+    assert code == 0 and err == ""
+    assert f"! {tmp_path / 'runs' / 'begun'} has no evaluation with a finite loss yet: left out" in out
 
 
 def test_a_run_is_read_as_it_stands(tmp_path):

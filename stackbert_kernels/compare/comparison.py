@@ -21,8 +21,7 @@ from stackbert_kernels.compare.runs import (
     Point,
     Run,
     Spent,
-    read_run,
-    run_directories,
+    read_runs,
     settings,
     source_settings,
 )
@@ -58,8 +57,8 @@ def compare(
 
     `baseline` is one of the runs or the name of a method; default: the recipe `baseline`, or else the method of the first run.
     """
-    runs = [read_run(path, counting, clock) for path in run_directories(paths)]
-    notes = _comparable(runs)
+    runs, notes = read_runs(paths, counting, clock)
+    notes += _comparable(runs)
     methods = _methods(runs)
     reference = _baseline(methods, runs, baseline)
     ranked = [method for method in methods if method.runs]

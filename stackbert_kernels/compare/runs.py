@@ -95,29 +95,52 @@ class Run:
     """The trials of rates that found this run's, as its sweep noted them; None where there were none."""
 
 
-def run_directories(paths: Sequence[Path]) -> list[Path]:
-    """`paths`, each a run directory or a folder of them; ConfigError for anything else."""
-    found: list[Path] = []
+class NoEvaluation(ConfigError):
+    """A run that has no evaluation with a finite loss."""
+
+
+def read_runs(paths: Sequence[Path], counting: str = "executed", clock: str = "passed") -> tuple[list[Run], list[str]]:
+    """The runs at `paths`, each a run directory or a folder of them, and notes on those of a folder that have nothing to compare yet.
+
+    ConfigError for anything else at `paths`, for a run that is named itself and has no evaluation, and where no run is left.
+    """
+    runs, notes = [], []
+    for directory, in_folder in _directories(paths):
+        try:
+            runs.append(read_run(directory, counting, clock))
+        except NoEvaluation as error:
+            if not in_folder:
+                raise
+            notes.append(f"{str(error).removeprefix('compare: ')}: left out")
+    if not runs:
+        raise ConfigError(f"compare: no run has an evaluation with a finite loss yet ({len(notes)} begun)")
+    return runs, notes
+
+
+def _directories(paths: Sequence[Path]) -> list[tuple[Path, bool]]:
+    """Run directories, and whether each was found in a folder."""
+    found: list[tuple[Path, bool]] = []
     for path in map(Path, paths):
-        inside = [path] if _is_run(path) else sorted(filter(_is_run, path.iterdir() if path.is_dir() else ()))
-        if not inside:
+        inside = [] if _is_run(path) else sorted(filter(_is_run, path.iterdir() if path.is_dir() else ()))
+        if not inside and not _is_run(path):
             raise ConfigError(f"compare: {path} must be a run directory ({CONFIG} and {METRICS}) or a folder of them")
-        found += inside
-    twice = next((p for i, p in enumerate(found) if p.resolve() in {q.resolve() for q in found[:i]}), None)
+        found += [(directory, True) for directory in inside] or [(path, False)]
+    directories = [directory for directory, _ in found]
+    twice = next((p for i, p in enumerate(directories) if p.resolve() in {q.resolve() for q in directories[:i]}), None)
     if twice is not None:
         raise ConfigError(f"compare: {twice} is named twice")
     return found
 
 
 def read_run(directory: Path, counting: str = "executed", clock: str = "passed") -> Run:
-    """ConfigError where the directory does not hold a run with at least one finite evaluation, or one that was not timed and has to be."""
+    """NoEvaluation where the run has no finite one, ConfigError where the directory holds no run, or one that was not timed and has to be."""
     facts, config = _facts(directory)
     each = _timed(directory, config) if clock == "timed" else None
     if clock == "timed" and each is None:
         raise ConfigError(f"compare: {directory} is no run of a sweep that timed its steps: take --clock passed")
     curve = _curve(facts, config, counting, each)
     if not curve:
-        raise ConfigError(f"compare: {directory} has no evaluation with a finite loss yet")
+        raise NoEvaluation(f"compare: {directory} has no evaluation with a finite loss yet")
     rates = [rate for e in facts.steps if (rate := number(e, "lr")) is not None]
     scored = facts.evals[-1]
     return Run(
