@@ -208,6 +208,21 @@ def test_embeddings_output_grad_is_the_decoders_part():
     assert not torch.allclose(gradients(model)["word"], output["word"])
 
 
+def test_embeddings_output_grad_knows_how_far_the_word_embedding_has_gone():
+    model = tiny()
+    assert model.word_drift() is None
+    model.use(DEPTH, WINDOW, "output_grad")
+    before = model.word.detach().double()
+    assert model.word_drift() == 0 and "word_before" not in model.state_dict()
+    loss_of(model).backward()
+    torch.optim.SGD(model.parameters(), lr=0.1).step()
+    model.use(DEPTH, WINDOW + 1, "output_grad")  # the next stage counts from the same point
+    exact = (model.word.detach().double() - before).norm() / before.norm()
+    assert exact > 1e-4 and model.word_drift() == pytest.approx(float(exact), rel=1e-4)
+    model.use(DEPTH, 0)
+    assert model.word_drift() is None
+
+
 def test_embeddings_untie_and_tie_again():
     model = tiny()
     before = model.word.clone()

@@ -186,6 +186,17 @@ def test_frozen_layers_and_embeddings_stay_bit_for_bit(shards, tmp_path, quick):
     assert not torch.equal(before["model"]["bank"][2:], after["model"]["bank"][2:])
 
 
+def test_the_log_says_how_far_the_input_of_frozen_layers_has_gone(shards, tmp_path, quick):
+    out = tmp_path / "run"
+    trained(two_stages(shards, options=MsltOptions(stages=2, joint=0.2, embeddings="output_grad")), out)
+    drift = {e["step"]: e.get("word_drift") for e in log_of(out) if e["event"] == "eval"}
+    before = state_after(out, 8)[0]["model"]["word"]
+    for step in (14, 16):  # of the stage with frozen layers; 7, 8 and 20 have none
+        after = state_after(out, step)[0]["model"]["word"]
+        assert drift.pop(step) == pytest.approx(float((after - before).norm() / before.norm()), rel=1e-5)
+    assert drift == {7: None, 8: None, 20: None}
+
+
 def test_grown_layers_begin_as_copies(shards, tmp_path, quick, monkeypatch):
     seen = []
 

@@ -112,6 +112,7 @@ class Bert(nn.Module):
         self.mlm = MlmHead(C, E, config.vocab_size, config.activation, config.norm_eps, device)
         self.pair = None if config.objective == "mlm" else PairHead(C, device)
         self.register_parameter("projection", None)
+        self.register_buffer("word_before", None, persistent=False)
         if self.word.device.type != "meta":  # there a model has shapes only
             self._initialise(seed)
         depth = config.layers
@@ -160,7 +161,7 @@ class Bert(nn.Module):
 
         Without frozen_dropout nothing below train_from has dropout, the embeddings' included.
         Leaving "untie", the word embedding takes the values that the decoder's private copy has learned, or with retie "mean" the mean
-        of these and its own.
+        of these and its own. Entering "output_grad", it is copied (`word_before`) so that `word_drift` can tell how far it has gone.
         Gradients of layers start at zero.
         """
         layers = self.config.layers
@@ -201,6 +202,10 @@ class Bert(nn.Module):
             with torch.no_grad():
                 self.word.copy_(self.mlm.decoder if retie == "decoder" else (self.word + self.mlm.decoder) / 2)
             self.mlm.decoder = None
+        if embeddings != "output_grad":
+            self.word_before = None
+        elif self.word_before is None:
+            self.word_before = self.word.detach().clone()
         for parameter in self.always_on_parameters().values():
             if not parameter.requires_grad:
                 parameter.grad = None
@@ -216,6 +221,13 @@ class Bert(nn.Module):
             generator = generator_for(seed, "projection")
             drawn = torch.empty(width, C).normal_(0, self.config.init_std, generator=generator)
             self.projection = nn.Parameter(drawn.to(self.word))
+
+    def word_drift(self) -> float | None:
+        """How far the word embedding, the input of frozen layers, has gone since it began to learn from the decoder alone, as a share of its
+        norm then; None where it does not."""
+        if self.word_before is None:
+            return None
+        return float((self.word.detach() - self.word_before).norm() / self.word_before.norm())
 
     @property
     def bank_rows(self) -> int:

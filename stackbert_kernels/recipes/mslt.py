@@ -32,8 +32,8 @@ class MsltOptions:
     of a pre-norm encoder, and nearly that of a post-norm one)."""
     embeddings: str = "freeze"
     """Embeddings from the second growth stage on: freeze, output_grad (the tied word embedding learns from the decoder alone, which
-    changes the input of the frozen layers), untie (the decoder learns on a private copy until the joint stage), or full (gradient
-    through the frozen layers: no saving, for comparison only)."""
+    changes the input of the frozen layers: the log has by how much, `word_drift`), untie (the decoder learns on a private copy until
+    the joint stage), or full (gradient through the frozen layers: no saving, for comparison only)."""
     retie: str = "decoder"
     """With embeddings untie, what the word embedding becomes in the joint stage: the decoder's copy, or the mean of the two."""
     lr_policy: str = "global"

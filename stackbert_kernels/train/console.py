@@ -73,8 +73,9 @@ class Console:
         """The mean loss over the last logging interval, steadier to look at than one step's."""
         self.loss = loss
 
-    def evaluated(self, step: int, figures: dict[str, float]) -> None:
+    def evaluated(self, step: int, figures: dict[str, float], word_drift: float | None = None) -> None:
         self.line(
             f"step {step}: held-out loss {figures['eval_loss']:.3f} (without context {figures['unigram_loss']:.3f}), "
             f"accuracy {figures['eval_accuracy']:.3f} (without context {figures['unigram_accuracy']:.3f})"
+            + ("" if word_drift is None else f", word embedding moved by {word_drift:.1%} below frozen layers")
         )

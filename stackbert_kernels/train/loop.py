@@ -173,8 +173,9 @@ def _execute(run: Run, progress: bool, ranks: Ranks) -> dict:
                         set_window(model, optimizer, window)
                     if evaluates:
                         state.eval = evaluate(model, held_out, config, batches, ranks)
-                        log(span, "eval", **state.eval)
-                        console.evaluated(state.step, state.eval)
+                        drift = model.word_drift()
+                        log(span, "eval", **state.eval, **({} if drift is None else {"word_drift": drift}))
+                        console.evaluated(state.step, state.eval, drift)
                     if saves:
                         log.sync()
                         path = save(run, model, optimizer, state, kept, ranks)

@@ -5,6 +5,7 @@ Events that are read (one JSON object a line; a key that is absent or null is le
     step        step (how many are done) stage depth train_from tokens flops seconds loss lr grad_norm tokens_per_second skipped (how many)
                 alignment (with a teacher: minus the mean cosine)
     eval        step tokens seconds eval_loss eval_accuracy unigram_loss unigram_accuracy
+                word_drift (embeddings output_grad; not shown)
     stage       stage (index) name steps depth train_from predicted_cost (of a step, 1 = a full one) kernels {op: implementation}
     growth, checkpoint                                                                         not shown
     end         seconds tokens flops eval_loss eval_accuracy unigram_accuracy stage_seconds (median step seconds by stage)

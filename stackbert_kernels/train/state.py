@@ -145,6 +145,8 @@ def save(run: Run, model: Bert, optimizer: Optimizer, state: State, kept: Kept, 
     }
     if kept:
         tensors["kept"] = {f"{i}.{name}": t for i, weights in enumerate(kept) for name, t in weights.items()}
+    if model.word_before is not None:
+        tensors["before"] = {"word": model.word_before}
     scores = {name: finite(value) for name, value in state.eval.items()}  # of a run that diverges
     documents = {"state": asdict(state) | {"eval": scores}, "config": to_dict(run.config)}
     return checkpoint.save(run.checkpoints, state.step, tensors, documents, keep=run.config.keep)
@@ -195,6 +197,8 @@ def restore(
         parameters = {"bank": model.bank.weights, **model.always_on_parameters()}
         for name, tensor in _matching(tensors["model"], parameters, path).items():
             parameters[name].copy_(tensor)
+        if model.word_before is not None:
+            model.word_before.copy_(tensors["before"]["word"])
     optimizer.load_state_dict(tensors["optimizer"])
     if not run.finished and ranks.rank == 0:
         in_log = cut_metrics(run.metrics, state.step)
