@@ -38,6 +38,7 @@ OTHERS = {
         "--stacking.start 6 --stacking.stage-weights 1 1",
         "--stacking.lr-policy published",
     ],
+    "auto": ["--auto.shares 5 4 5"],
     "incremental": [
         "--incremental.stages 1",
         "--incremental.stages 3 --incremental.init identity --incremental.continual 0",

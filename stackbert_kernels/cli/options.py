@@ -23,6 +23,7 @@ from stackbert_kernels.config import (
 from stackbert_kernels.recipes import (
     RECIPES,
     AlbertOptions,
+    AutoOptions,
     Bert2bertOptions,
     CompoundGrowOptions,
     CoreOptions,
@@ -84,7 +85,7 @@ class Pretrain(TrainConfig):
     share them throughout), progressive_layer_dropping (steps leave out layers at random),
     bert2bert (from a smaller model, --source), multi_level (down to a smaller model and back),
     core (low-rank layers first), compound_grow (fewer layers, narrower feed-forward layers and pooled tokens first),
-    late_to_early (an early layer follows a finished model at first, --teacher)."""
+    late_to_early (an early layer follows a finished model at first, --teacher), auto (stacking, as it paid most where it was measured)."""
     dry_run: Flag = False
     """Print stages and predicted cost, then stop."""
     fresh: Flag = False
@@ -106,6 +107,7 @@ class Pretrain(TrainConfig):
     core: CoreOptions = field(default_factory=CoreOptions)
     compound_grow: CompoundGrowOptions = field(default_factory=CompoundGrowOptions)
     late_to_early: LateToEarlyOptions = field(default_factory=LateToEarlyOptions)
+    auto: AutoOptions = field(default_factory=AutoOptions)
 
     def __post_init__(self):
         """Checked by `config`: the recipe may make the stages that these settings need."""

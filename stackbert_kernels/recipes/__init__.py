@@ -20,6 +20,7 @@ What a method may decide, and where each decision is carried out, so that the lo
 from __future__ import annotations
 
 from stackbert_kernels.recipes.albert import AlbertOptions, albert
+from stackbert_kernels.recipes.auto import AutoOptions, auto
 from stackbert_kernels.recipes.baseline import BaselineOptions, baseline
 from stackbert_kernels.recipes.bert2bert import Bert2bertOptions, bert2bert
 from stackbert_kernels.recipes.compound_grow import CompoundGrowOptions, compound_grow
@@ -48,6 +49,7 @@ RECIPES = {
     "core": (core, CoreOptions),
     "compound_grow": (compound_grow, CompoundGrowOptions),
     "late_to_early": (late_to_early, LateToEarlyOptions),
+    "auto": (auto, AutoOptions),
 }
 """What --recipe accepts: the function, called as function(base, options), and the class of its options."""
 NEED_SOURCE = ("bert2bert",)
@@ -55,6 +57,6 @@ NEED_SOURCE = ("bert2bert",)
 NEED_TEACHER = ("late_to_early",)
 """Those that learn from TrainConfig.teacher."""
 
-__all__ = ["NEED_SOURCE", "NEED_TEACHER", "RECIPES", "AlbertOptions", "BaselineOptions", "Bert2bertOptions", "CompoundGrowOptions", "CoreOptions", "IncrementalOptions", "LateToEarlyOptions", "MsltOptions", "MultiLevelOptions",
-           "ProgressiveLayerDroppingOptions", "ShareThenUnshareOptions", "StackingOptions", "albert", "baseline", "bert2bert", "compound_grow", "core",
+__all__ = ["NEED_SOURCE", "NEED_TEACHER", "RECIPES", "AlbertOptions", "AutoOptions", "BaselineOptions", "Bert2bertOptions", "CompoundGrowOptions", "CoreOptions", "IncrementalOptions", "LateToEarlyOptions", "MsltOptions", "MultiLevelOptions",
+           "ProgressiveLayerDroppingOptions", "ShareThenUnshareOptions", "StackingOptions", "albert", "auto", "baseline", "bert2bert", "compound_grow", "core",
            "incremental", "late_to_early", "mslt", "multi_level", "progressive_layer_dropping", "share_then_unshare", "stacking"]  # fmt: skip
