@@ -166,6 +166,22 @@ def test_an_interrupted_sweep_goes_on(folder, monkeypatch, capsys):
     assert "1  baseline     2" in out
 
 
+def test_what_is_finished_is_compared_where_the_next_run_has_no_evaluation_yet(folder, monkeypatch, capsys):
+    step, calls = loop.take_step, []
+
+    def interrupts(*arguments):
+        calls.append(0)
+        if len(calls) == 2 + 20 + 1:  # the first step of the second run
+            os.kill(os.getpid(), signal.SIGTERM)
+        return step(*arguments)
+
+    monkeypatch.setattr(loop, "take_step", interrupts)
+    line = LINE.replace("baseline,mslt", "baseline").replace(" mslt=2e-3", "").replace("--mslt.stages 2", "")
+    code, out, _ = run(line, capsys)
+    assert code == 1 and "1  baseline     1" in out
+    assert "baseline-seed1 has no evaluation with a finite loss yet: left out" in out
+
+
 def test_a_signal_during_the_timing(folder, monkeypatch, capsys):
     step = loop.take_step
     with monkeypatch.context() as patch:

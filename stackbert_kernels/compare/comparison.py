@@ -52,12 +52,14 @@ def compare(
     free_source: bool = False,
     counting: str = "executed",
     clock: str = "passed",
+    skip_begun: bool = False,
 ) -> dict:
     """The comparison of the runs at `paths` as plain JSON values; ConfigError says in one line why there is none.
 
     `baseline` is one of the runs or the name of a method; default: the recipe `baseline`, or else the method of the first run.
+    `skip_begun` leaves out runs that have no evaluation yet, also where they are named themselves, and notes them.
     """
-    runs, notes = read_runs(paths, counting, clock)
+    runs, notes = read_runs(paths, counting, clock, skip_begun=skip_begun)
     notes += _comparable(runs)
     methods = _methods(runs)
     reference = _baseline(methods, runs, baseline)

@@ -99,17 +99,20 @@ class NoEvaluation(ConfigError):
     """A run that has no evaluation with a finite loss."""
 
 
-def read_runs(paths: Sequence[Path], counting: str = "executed", clock: str = "passed") -> tuple[list[Run], list[str]]:
-    """The runs at `paths`, each a run directory or a folder of them, and notes on those of a folder that have nothing to compare yet.
+def read_runs(
+    paths: Sequence[Path], counting: str = "executed", clock: str = "passed", *, skip_begun: bool = False
+) -> tuple[list[Run], list[str]]:
+    """The runs at `paths`, each a run directory or a folder of them, and notes on those left out because they have no evaluation yet.
 
-    ConfigError for anything else at `paths`, for a run that is named itself and has no evaluation, and where no run is left.
+    ConfigError for anything else at `paths`, for a run without evaluation that is named itself, unless `skip_begun`, and where no run is
+    left.
     """
     runs, notes = [], []
     for directory, in_folder in _directories(paths):
         try:
             runs.append(read_run(directory, counting, clock))
         except NoEvaluation as error:
-            if not in_folder:
+            if not (in_folder or skip_begun):
                 raise
             notes.append(f"{str(error).removeprefix('compare: ')}: left out")
     if not runs:

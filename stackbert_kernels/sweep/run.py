@@ -145,7 +145,7 @@ def _result(sweep: Sweep, status: str, failed: Sequence[str]) -> dict:
     try:
         if not there:
             raise ConfigError("no run has begun")
-        result["comparison"] = compare(there)
+        result["comparison"] = compare(there, skip_begun=True)
     except ConfigError as error:
         result["why_none"] = str(error)
     else:
