@@ -239,7 +239,7 @@ def outline(sweep: Sweep) -> str:
         )
     at_a_time = f" {_load(sweep.jobs, sweep.base.threads)}:" if sweep.jobs > 1 else ""
     lines.append(
-        f"{amounts['runs']} runs, {amounts['finished']} of them finished: {duration(amounts['seconds_left'])} of training,{at_a_time} "
+        f"{amounts['runs']} run{'s' * (amounts['runs'] > 1)}, {amounts['finished']} of them finished: {duration(amounts['seconds_left'])} of training,{at_a_time} "
         f"about {duration(ASIDE * (amounts['seconds_left'] + amounts['tuning_seconds_left']) / sweep.jobs)} with evaluation"
         + (", checkpoints and tuning" if amounts["tuning_seconds_left"] else " and checkpoints")
     )
