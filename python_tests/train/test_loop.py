@@ -197,6 +197,19 @@ def test_the_log_says_how_far_the_input_of_frozen_layers_has_gone(shards, tmp_pa
     assert drift == {7: None, 8: None, 20: None}
 
 
+def test_a_checkpoint_without_what_the_drift_is_counted_from_is_refused(shards, tmp_path, quick):
+    out = tmp_path / "run"
+    config = two_stages(shards, options=MsltOptions(stages=2, joint=0.2, embeddings="output_grad"))
+    trained(config, out)
+    go_back(out, 12)
+    tensors, documents = checkpoint.load(out / "checkpoints" / "step-12")
+    tensors.pop("before")
+    shutil.rmtree(out / "checkpoints" / "step-12")
+    checkpoint.save(out / "checkpoints", 12, tensors, documents, keep=99)
+    with pytest.raises(checkpoint.CheckpointError, match=r"step-12: word must be \[\d+, 32\], got None"):
+        trained(config, out)
+
+
 def test_grown_layers_begin_as_copies(shards, tmp_path, quick, monkeypatch):
     seen = []
 

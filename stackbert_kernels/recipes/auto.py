@@ -25,8 +25,8 @@ class AutoOptions:
 def auto(base: TrainConfig, options: AutoOptions = AutoOptions()) -> TrainConfig:
     """Stacking (recipes/stacking.py) that keeps the optimizer's state, copied with the layers, and grows later than published.
 
-    No paper's method. A shallow encoder leaves the loss without context after as many steps as a deep one, each at a fraction of its price; grown with
-    its moments, it loses little of what it has learned. The rate decays over the run as if nothing grew.
+    No paper's method. A shallow encoder learns to use context after no more steps than a deep one, each at a fraction of the price; grown
+    with its moments, it loses little of what it has learned. The rate decays over the run as if nothing grew.
 
     Depths are a quarter and half of the layers, or those that come nearest and of which each divides the next: 12 layers 3 -> 6 -> 12, 9
     1 -> 3 -> 9. Where only one layer fits below (7: 1 -> 7), it has the steps of both shallow stages.

@@ -197,8 +197,9 @@ def restore(
         parameters = {"bank": model.bank.weights, **model.always_on_parameters()}
         for name, tensor in _matching(tensors["model"], parameters, path).items():
             parameters[name].copy_(tensor)
-        if model.word_before is not None:
-            model.word_before.copy_(tensors["before"]["word"])
+        before = {} if model.word_before is None else {"word": model.word_before}
+        for name, tensor in _matching(tensors.get("before", {}), before, path).items():
+            before[name].copy_(tensor)
     optimizer.load_state_dict(tensors["optimizer"])
     if not run.finished and ranks.rank == 0:
         in_log = cut_metrics(run.metrics, state.step)
